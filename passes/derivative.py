@@ -1,0 +1,139 @@
+"""Derivative operators as plain functions of a body graph: the vocabulary of the derivative graph.
+
+A node of the derivative graph calls one of these with the body as its first argument. They have eager meaning, so a graph that
+holds them can be run at any stage and is its own oracle. All tensors a body reads are explicit inputs, points first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.markers import STOP
+
+
+def stop(x: Tensor) -> Tensor:
+    """Return ``x`` as a constant.
+
+    ``detach`` stops reverse mode here and is dropped from traced graphs as an alias; the mark stays, so that a later forward
+    mode pass over the traced graph stops at the same place.
+    """
+    return STOP(x.detach())
+
+
+def _as_point(x: Tensor) -> Tensor:
+    """Give ``x`` an identity of its own to differentiate at, without cutting it from what computed it."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def gradient(
+    body: GraphModule, n_points: int, n_outputs: int, seed_dims: int, *inputs: Any
+) -> tuple[Tensor, ...]:
+    """Return ``∇ₓ⟨c, f(x, θ)⟩`` by reverse mode, and the values of the body.
+
+    Args:
+        body: ``(*points, *captured) → (*outputs, *other values)``.
+        n_points: How many of ``inputs`` are points, to begin with.
+        n_outputs: How many of the body's results are differentiated; the last ``n_outputs`` of ``inputs`` are their seeds.
+        seed_dims: Leading dimensions of the seeds that are a batch of seeds (the rows of a Jacobian).
+        *inputs: points, captured values, seeds.
+
+    Returns:
+        One gradient per point, shape ``(*batch of seeds, *point.shape)``, then all values of the body.
+    """
+    seeds = inputs[len(inputs) - n_outputs :]
+    captured = inputs[n_points : len(inputs) - n_outputs]
+    with torch.enable_grad():
+        points = [_as_point(x) for x in inputs[:n_points]]
+        values = body(*points, *captured)
+        grads = _pullback(values[:n_outputs], points, seeds, seed_dims)
+    return (*grads, *values)
+
+
+def _pullback(
+    outputs: Sequence[Tensor], points: list[Tensor], seeds: Sequence[Tensor], seed_dims: int
+) -> tuple[Tensor, ...]:
+    live = [(u, c) for u, c in zip(outputs, seeds, strict=True) if u.requires_grad]
+    if not live:
+        batch = seeds[0].shape[:seed_dims]
+        return tuple(x.new_zeros((*batch, *x.shape)) for x in points)
+    live_outputs, live_seeds = [u for u, _ in live], [c for _, c in live]
+
+    def rows(cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            live_outputs,
+            points,
+            cotangents,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    batched = rows
+    for _ in range(seed_dims):
+        batched = torch.vmap(batched)
+    return batched(live_seeds)
+
+
+class _Linearized(torch.autograd.Function):
+    """A function whose forward is one graph and whose pullback is another (`passes.linearize`)."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, primal: GraphModule, tangent: GraphModule, n_results: int, active: tuple, *inputs
+    ):
+        ctx.set_materialize_grads(False)
+        out = primal(*inputs)
+        ctx.tangent, ctx.active, ctx.n_inputs = tangent, active, len(inputs)
+        ctx.residuals = out[n_results:]
+        results = out[:n_results]
+        ctx.like = [(r.shape, r.dtype, r.device) for r in results]
+        ctx.mark_non_differentiable(
+            *(r for i, r in enumerate(results) if i not in active[0] and isinstance(r, Tensor))
+        )
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        results, inputs = ctx.active
+        directions = []
+        for i in results:
+            shape, dtype, device = ctx.like[i]
+            given = cotangents[i]
+            directions.append(
+                torch.zeros(shape, dtype=dtype, device=device) if given is None else given
+            )
+        pulled = dict(zip(inputs, ctx.tangent(*ctx.residuals, *directions), strict=True))
+        return (None, None, None, None, *(pulled.get(i) for i in range(ctx.n_inputs)))
+
+
+def jvp_over_gradient(
+    primal: GraphModule,
+    tangent: GraphModule,
+    n_results: int,
+    differentiable: tuple[int, ...],
+    pulled: tuple[int, ...],
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
+    """Return what `gradient` returns, with a pullback that is ONE forward-mode pass over the gradient.
+
+    ``(x̄, θ̄, c̄) = d/dα ∇₍ₓ,θ,c₎⟨c + αū, f(x + αv, θ)⟩`` at ``α = 0``, for cotangents ``v`` of the gradient and ``ū`` of the
+    values; the Hessian of ``⟨c, f⟩`` is symmetric, so its product with ``(v, 0, ū)`` is the pullback.
+
+    Args:
+        primal: ``P : inputs → (*results, *residuals)``.
+        tangent: ``T : (*residuals, *cotangents) → input gradients``.
+        n_results: How many results ``P`` has before its residuals.
+        differentiable: Positions of the results that carry a cotangent, in the order ``T`` takes them.
+        pulled: Positions of the inputs whose gradients ``T`` returns, in order.
+        *inputs: points, captured values, seeds.
+    """
+    return _Linearized.apply(primal, tangent, n_results, (differentiable, pulled), *inputs)  # pyright: ignore[reportReturnType]
+
+
+OPERATORS = (gradient, jvp_over_gradient, stop)

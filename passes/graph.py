@@ -1,0 +1,137 @@
+"""What passes ask of a graph: the one place that reads ``node.meta``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "b8",
+}
+
+
+def value_of(node: Any) -> Any:
+    """Return the example value of a node (a fake tensor, a symbolic size, a tuple), or the argument itself if it is no node."""
+    return node.meta.get("val") if isinstance(node, Node) else node
+
+
+def has_value(node: Any) -> bool:
+    """Whether the node's example value is a tensor."""
+    return isinstance(value_of(node), Tensor)
+
+
+def is_float(node: Any) -> bool:
+    """Whether the node is a tensor that can carry a derivative."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and (
+        value.dtype.is_floating_point or value.dtype.is_complex
+    )
+
+
+def describe(value: Any) -> str:
+    """Print a value as ``f32[64, 3]``."""
+    if isinstance(value, Tensor):
+        kind = _SHORT.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        return f"{kind}[{', '.join(str(size) for size in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(describe(item) for item in value)})"
+    return str(value)
+
+
+def print_graph(module: GraphModule) -> str:
+    """Print a graph, one node a line, with shapes: the format of tests, docs and bug reports."""
+    lines = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            lines.append(f"{node.name}: {describe(value_of(node))}")
+        elif node.op == "output":
+            lines.append(f"return {node.args[0]}")
+        elif node.op != "get_attr":
+            name = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+            arguments = ", ".join(
+                [*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
+            )
+            lines.append(f"{node.name}: {describe(value_of(node))} = {name}({arguments})")
+    return "\n".join(lines)
+
+
+def placeholders(graph: Graph) -> list[Node]:
+    """Return the graph's inputs in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def results(graph: Graph) -> list[Any]:
+    """Return the graph's results in order; each a node, a constant or None."""
+    return list(graph.output_node().args[0])  # pyright: ignore[reportArgumentType]
+
+
+def reaches(sources: Iterable[Node], *, through: Callable[[Node], bool] | None = None) -> set[Node]:
+    """Return every node that depends on one of ``sources``, these included.
+
+    Args:
+        sources: Where to start.
+        through: Which nodes pass the dependency on; all of them if None. A node it rejects is not in the answer.
+    """
+    found: set[Node] = set()
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack.extend(user for user in node.users if through is None or through(user))
+    return found
+
+
+def needs(targets: Iterable[Node]) -> set[Node]:
+    """Return every node that one of ``targets`` depends on, these included."""
+    found: set[Node] = set()
+    stack = list(targets)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def is_random(node: Node) -> bool:
+    """Whether running the node draws from a random generator."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def is_impure(node: Node) -> bool:
+    """Whether the node must stay even without users, and must never be merged with another."""
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return is_random(node) or (schema is not None and schema.is_mutable)
+
+
+def drop_dead(graph: Graph) -> int:
+    """Remove nodes without users; random draws stay, because the generator must end where eager leaves it. Return how many."""
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(is_impure_node=is_impure)
+    return before - len(graph.nodes)
+
+
+def finish(module: GraphModule) -> GraphModule:
+    """Check and recompile a graph after it was changed."""
+    module.graph.lint()
+    module.recompile()
+    return module

@@ -1,0 +1,119 @@
+"""Trace loss, gradients and state updates of the whole step into one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from passes.graph import drop_dead, finish, results, value_of
+from passes.linearize import flatten_output
+from passes.markers import STOP
+from passes.simplify import simplify
+from passes.tracing import example_inputs, fake_mode_of, trace
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the inputs and outputs of a derivative graph are.
+
+    Attributes:
+        wanted: Positions of the inputs that require gradients.
+        unreached: Those of ``wanted`` whose gradient eager leaves at None.
+        n_outputs: How many results are the loss's own; the others are new values of inputs that it writes to.
+        differentiable: Positions of the outputs a gradient can come back to.
+        updated: Positions of the inputs that the other results are written to.
+    """
+
+    wanted: tuple[int, ...]
+    unreached: frozenset[int]
+    n_outputs: int
+    differentiable: tuple[int, ...]
+    updated: tuple[int, ...]
+
+
+def trace_value(module: GraphModule) -> GraphModule:
+    """Trace ``inputs → (outputs, updates)``: no gradient of the loss is computed."""
+    examples = example_inputs(module)
+
+    def step(*values: Any) -> list[Any]:
+        with torch.no_grad():
+            return list(Interpreter(module).run(*values))
+
+    joint = trace(step, examples, fake_mode_of(examples), functional=False)
+    _finish(joint)
+    return joint
+
+
+def trace_joint(module: GraphModule, roles: Roles, *, seeded: bool) -> GraphModule:
+    """Trace ``inputs → (outputs, updates, gradients)``, or with ``seeded`` ``(inputs, cotangents) → …``.
+
+    Args:
+        module: A derivative graph with each site in its chosen form.
+        roles: What its inputs and outputs are.
+        seeded: Whether the outputs' cotangents are inputs. Without, the one output is a scalar and its cotangent is 1: gradients
+            are linear in it, so the caller scales them.
+
+    Returns:
+        The simplified joint graph. A gradient that eager leaves at None is None here; one that eager fills with zeros is zeros.
+    """
+    wanted = set(roles.wanted)
+    examples = example_inputs(module)
+    like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
+    cotangents = [torch.empty_like(value) for value in like] if seeded else []
+
+    def gradients(outputs: list[Tensor], inputs: list[Any], given: Sequence[Tensor]) -> list[Any]:
+        ends = [outputs[i] for i in roles.differentiable]
+        seeds = list(given) if seeded else [torch.ones_like(ends[0])]
+        live = [(u, c) for u, c in zip(ends, seeds, strict=True) if u.requires_grad]
+        reached = [i for i in roles.wanted if i not in roles.unreached]
+        found: Sequence[Any] = [None] * len(reached)
+        if live and reached:
+            found = torch.autograd.grad(
+                [u for u, _ in live],
+                [inputs[i] for i in reached],
+                [c for _, c in live],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        by_input = dict(zip(reached, found, strict=True))
+        return [by_input.get(i) for i in roles.wanted]
+
+    mode = fake_mode_of(examples)
+
+    def step(*values: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        inputs, given = list(values[: len(examples)]), values[len(examples) :]
+        with torch.enable_grad():
+            for i in wanted:
+                inputs[i] = inputs[i].detach().requires_grad_()
+            out = Interpreter(module).run(*inputs)
+            grads = gradients(out, inputs, given)
+        return list(out[: roles.n_outputs]), list(out[roles.n_outputs :]), grads
+
+    joint = trace(step, [*examples, *cotangents], mode, functional=False)
+    _finish(joint)
+    return joint
+
+
+def _finish(joint: GraphModule) -> None:
+    flatten_output(joint.graph)
+    drop_stops(joint)
+    simplify(joint)
+
+
+def drop_stops(module: GraphModule) -> int:
+    """Drop the stops of a graph that nothing differentiates any more."""
+    stops = list(module.graph.find_nodes(op="call_function", target=STOP))
+    for node in stops:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node.replace_all_uses_with(source)
+        module.graph.erase_node(node)
+    drop_dead(module.graph)
+    finish(module)
+    return len(stops)
+

@@ -1,0 +1,195 @@
+"""Forward mode on a graph: tangents beside the primal nodes, zeros never written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from passes.graph import finish, placeholders, reaches, results
+from passes.simplify import simplify
+from passes.tangent_rules import tangent_of
+from passes.tracing import example_inputs, fake_mode_of, trace
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A function and its derivative as two graphs that share the primal's values.
+
+    Attributes:
+        primal: ``P : inputs → (*kept outputs, *residuals)``.
+        tangent: ``T : (*residuals, *tangents) → output tangents``; None stands for a tangent that is zero.
+    """
+
+    primal: GraphModule
+    tangent: GraphModule
+
+
+def push_forward(
+    module: GraphModule, primals: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[list[Any], list[Any]]:
+    """Run a graph on values and tangents at once.
+
+    ``(x, ẋ) → (f(x), f'(x) ẋ)``. A tangent of None is a zero that costs nothing: operators all of whose tangents are None have
+    none either. Every primal value is computed once and shared with the tangent rules.
+
+    Raises:
+        NoRule: An operator has neither a row in the table nor a forward-mode rule in PyTorch; names it.
+    """
+    primal: dict[Node, Any] = {}
+    tangent: dict[Node, Any] = {}
+    given = iter(zip(primals, tangents, strict=True))
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            primal[node], tangent[node] = next(given)
+        elif node.op == "get_attr":
+            primal[node], tangent[node] = getattr(module, str(node.target)), None
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), primal.__getitem__)
+            primal[node] = out = node.target(*args, **kwargs)
+            moving = any(_is_moving(tangent[read]) for read in node.all_input_nodes)
+            if not moving:
+                tangent[node] = None
+                continue
+            along, _ = torch.fx.map_arg((node.args, node.kwargs), lambda n: _Moving(tangent[n]))
+            along = pytree.tree_map(_tangent_only, along, is_leaf=_is_wrapped)
+            tangent[node] = tangent_of(node.target, out, args, kwargs, along)
+    output = module.graph.output_node()
+    flat = output.args[0]
+    assert isinstance(flat, (tuple, list)), "a graph returns a flat tuple"
+    return (
+        [primal[n] if isinstance(n, Node) else n for n in flat],
+        [tangent[n] if isinstance(n, Node) else None for n in flat],
+    )
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """A tangent in place of its node, told apart from arguments that are no nodes."""
+
+    tangent: Any
+
+
+def _is_wrapped(item: Any) -> bool:
+    return isinstance(item, _Moving)
+
+
+def _tangent_only(item: Any) -> Any:
+    return item.tangent if isinstance(item, _Moving) else None
+
+
+def _is_moving(tangent: Any) -> bool:
+    if isinstance(tangent, (tuple, list)):
+        return any(_is_moving(item) for item in tangent)
+    return tangent is not None
+
+
+def linearize(
+    module: GraphModule,
+    moving: Sequence[int],
+    kept: Sequence[int],
+    wanted: Sequence[int],
+    zero: Sequence[int] = (),
+) -> Linearization:
+    """Split ``(f(x), f'(x) ẋ)`` into the part that knows no tangent and the part that is linear in the tangents.
+
+    Args:
+        module: The function, a functional ATen graph with backward operators taken apart.
+        moving: Positions of the inputs that have a tangent, in the order ``T`` takes them.
+        kept: Positions of the outputs whose values ``P`` returns.
+        wanted: Positions of the outputs whose tangents ``T`` returns.
+        zero: Positions, last of all inputs, of those that are zero at the point and only move; ``P`` does not take them.
+
+    Raises:
+        NoRule: see `push_forward`.
+    """
+    inputs = example_inputs(module)
+    mode = fake_mode_of(inputs)
+    with mode:
+        directions = [torch.empty_like(inputs[i]) for i in moving]
+
+    taken = [value for position, value in enumerate(inputs) if position not in zero]
+    assert list(zero) == list(range(len(taken), len(inputs))), "zero inputs come last"
+
+    def both(*values: Any) -> tuple[list[Any], list[Any]]:
+        given = values[len(taken) :]
+        at = dict(zip(moving, given, strict=True))
+        primals = [*values[: len(taken)], *(torch.zeros_like(at[position]) for position in zero)]
+        tangents: list[Tensor | None] = [None] * len(inputs)
+        for position, direction in at.items():
+            tangents[position] = direction
+        with torch.no_grad():
+            values_out, tangents_out = push_forward(module, primals, tangents)
+        return [values_out[i] for i in kept], [tangents_out[i] for i in wanted]
+
+    whole = trace(both, [*taken, *directions], mode, functional=False)
+    flatten_output(whole.graph)
+    simplify(whole)
+    return split(whole, placeholders(whole.graph)[len(taken) :], len(kept))
+
+
+def flatten_output(graph: Graph) -> None:
+    """Make a graph return one flat tuple."""
+    output = graph.output_node()
+    output.args = (tuple(pytree.tree_leaves(output.args[0], is_leaf=lambda x: x is None)),)
+
+
+def split(module: GraphModule, late: Sequence[Node], n_early: int) -> Linearization:
+    """Cut a graph in two at the inputs that come late.
+
+    ``module : (*early, *late) → (*early results, *late results)``; the first graph computes the first ``n_early`` results and
+    everything the second needs that does not depend on ``late`` (the residuals).
+    """
+    graph = module.graph
+    behind = reaches(late)
+    outputs = results(graph)
+    early_outputs, late_outputs = outputs[:n_early], outputs[n_early:]
+    assert not behind.intersection(n for n in early_outputs if isinstance(n, Node)), (
+        "an early result depends on a late input"
+    )
+    late_nodes = [n for n in graph.nodes if n in behind and n.op not in ("placeholder", "output")]
+    reads = [read for node in late_nodes for read in node.all_input_nodes]
+    reads += [n for n in late_outputs if isinstance(n, Node)]
+    residuals = [
+        node for node in dict.fromkeys(reads) if node not in behind and node.op != "get_attr"
+    ]
+    early_nodes = [n for n in graph.nodes if n not in behind and n.op != "output"]
+    primal = _extract(
+        module, [n for n in early_nodes if n.op == "placeholder"], early_nodes,
+        [*early_outputs, *residuals],
+    )
+    tangent = _extract(module, [*residuals, *late], late_nodes, late_outputs)
+    return Linearization(primal, tangent)
+
+
+def _extract(
+    module: GraphModule, inputs: Sequence[Node], nodes: Sequence[Node], outputs: Sequence[Any]
+) -> GraphModule:
+    graph = Graph()
+    new: dict[Node, Node] = {}
+    for node in inputs:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = dict(node.meta)
+    root = torch.nn.Module()
+
+    def copied(node: Node) -> Node:
+        if node not in new:
+            assert node.op == "get_attr", f"{node} is neither an input nor computed"
+            setattr(root, str(node.target), getattr(module, str(node.target)))
+            new[node] = graph.get_attr(str(node.target))
+            new[node].meta = dict(node.meta)
+        return new[node]
+
+    for node in nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            new[node] = graph.node_copy(node, copied)
+    graph.output(tuple(copied(n) if isinstance(n, Node) else n for n in outputs))
+    part = GraphModule(root, graph)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return finish(part)
+

@@ -1,0 +1,310 @@
+"""Turn each mark of the flat graph into one derivative node with a body of its own."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from passes import derivative
+from passes.graph import (
+    drop_dead,
+    finish,
+    is_float,
+    is_random,
+    needs,
+    reaches,
+    value_of,
+)
+from passes.markers import GRADIENT, LEAF, POINT, STOP
+from passes.order import sort_nodes
+
+
+class NotNested(Exception):
+    """A derivative that cannot be given a body; the message says why and where."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One nested derivative of the user's loss.
+
+    Attributes:
+        name: ``gradient``, ``gradient_1``, … in the order they are computed.
+        operator: What is computed: ``gradient``, or ``jacobian`` when several seeds are pulled back at once.
+        order: 1 for a derivative of plain code, one more for each derivative its body contains.
+        where: ``file:line`` and the line's code, as far as known.
+    """
+
+    name: str
+    operator: str
+    order: int
+    where: str
+
+
+def active_nodes(graph: Graph, requiring_grad: set[Node]) -> set[Node]:
+    """Return the nodes that carry a gradient from the given inputs: float tensors, not behind a stop."""
+    return reaches(
+        requiring_grad,
+        through=lambda node: node.target not in (STOP, LEAF, derivative.stop)
+        and (is_float(node) or isinstance(value_of(node), (tuple, list))),
+    )
+
+
+def nest(module: GraphModule) -> int:
+    """Replace ``gradient(outputs, inputs, seeds) → gradient(body, *points, *captured, *seeds)``.
+
+    The body is every node on a path from a point to an output; what else it reads is captured. Values of the body that are used
+    elsewhere leave as further results of the same node, so that value and gradient are one site and one pullback serves both.
+    The nodes stay outside, and the body is a copy of them, where they have a second master: seeds computed from the body, or
+    another derivative that starts or passes inside it without containing this one. Copies of the primal meet again in the joint
+    graph, as common subexpressions.
+
+    Args:
+        module: The flat graph; changed in place into the derivative graph.
+
+    Returns:
+        How many derivative nodes were made.
+
+    Raises:
+        NotNested: A body draws random numbers that depend on the point.
+    """
+    graph = module.graph
+    _split_dependent_points(graph)
+    made = 0
+    for mark in list(graph.find_nodes(op="call_function", target=GRADIENT)):
+        _nest_one(module, mark, f"gradient_{made}" if made else "gradient")
+        made += 1
+    _dissolve_marks(module)
+    sort_nodes(graph)
+    drop_dead(graph)
+    finish(module)
+    return made
+
+
+def _split_dependent_points(graph: Graph) -> None:
+    """Give every point its own mark where one point of a mark is computed from another: each gradient is a total derivative."""
+    for mark in list(graph.find_nodes(op="call_function", target=GRADIENT)):
+        outputs, points, seeds, seed_dims = mark.args
+        after = [reaches([p]) for p in points]
+        if not any(p in after[i] for p in points for i, q in enumerate(points) if p is not q):
+            continue
+        with graph.inserting_before(mark):
+            for index, point in enumerate(points):
+                single = graph.call_function(GRADIENT, (outputs, [point], seeds, seed_dims))
+                single.meta = {**mark.meta, "val": [value_of(mark)[index]]}
+                grad = graph.call_function(operator.getitem, (single, 0))
+                grad.meta = {**mark.meta, "val": value_of(mark)[index]}
+                _replace_item(mark, index, grad)
+        graph.erase_node(mark)
+
+
+def _replace_item(node: Node, index: int, by: Node) -> None:
+    for item in [user for user in node.users if user.target is operator.getitem]:
+        if item.args[1] == index:
+            item.replace_all_uses_with(by)
+            item.graph.erase_node(item)
+
+
+def _body_nodes(points: list[Node], outputs: list[Node]) -> set[Node]:
+    inside = (reaches(points) & needs(outputs)) - set(points)
+    # The items of a node with several results go where the node goes.
+    for node in list(inside):
+        if isinstance(value_of(node), (tuple, list)):
+            inside.update(user for user in node.users if user.target is operator.getitem)
+    return inside
+
+
+def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
+    graph = module.graph
+    outputs, points, seeds, seed_dims = mark.args
+    inside = _body_nodes(points, outputs)
+    for node in inside:
+        if is_random(node):
+            raise NotNested(f"a random draw ({node.target}) depends on the point of a derivative")
+    live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o in inside or o in points]
+    if not live:
+        _replace_with_zeros(graph, mark)
+        return
+    outputs, seeds = [o for o, _ in live], [s for _, s in live]
+    copied = bool(needs(seeds) & inside) or _has_other_master(graph, mark, inside)
+    escaping = [] if copied else _escaping(graph, inside, outputs, mark)
+    body, captured = _body(module, points, outputs, escaping, inside)
+    nested = _nested_order(inside)
+    body_name = f"body_{name}"
+    module.register_module(body_name, body)
+    with graph.inserting_before(mark):
+        node = graph.call_function(
+            derivative.gradient,
+            (
+                graph.get_attr(body_name),
+                len(points),
+                len(outputs),
+                seed_dims,
+                *points,
+                *captured,
+                *seeds,
+            ),
+        )
+        grads = list(value_of(mark))
+        node.meta = {**mark.meta, "val": (*grads, *(value_of(n) for n in [*outputs, *escaping]))}
+        node.meta["site"] = Site(
+            name, "jacobian" if seed_dims else "gradient", nested + 1, _where(mark)
+        )
+        for index in range(len(points)):
+            _replace_item(mark, index, _item(graph, node, index))
+        values = [] if copied else [*enumerate([*outputs, *escaping], start=len(points))]
+        for index, old in values:
+            outside = [u for u in old.users if u not in inside and u is not mark and u is not node]
+            if outside and old not in points:
+                new = _item(graph, node, index)
+                old.replace_all_uses_with(new, delete_user_cb=lambda user: user in outside)  # noqa: B023
+    graph.erase_node(mark)
+    if not copied:
+        for old in reversed([n for n in graph.nodes if n in inside]):
+            graph.erase_node(old)
+    sort_nodes(graph)
+
+
+def _item(graph: Graph, node: Node, index: int) -> Node:
+    item = graph.call_function(operator.getitem, (node, index))
+    item.meta = {
+        key: value for key, value in node.meta.items() if key not in ("val", "site")
+    } | {"val": value_of(node)[index]}
+    return item
+
+
+def _has_other_master(graph: Graph, mark: Node, inside: set[Node]) -> bool:
+    """Whether another derivative still to be nested begins or passes inside, without containing this one."""
+    for other in graph.find_nodes(op="call_function", target=GRADIENT):
+        if other is mark:
+            continue
+        if any(point in inside for point in other.args[1]):
+            return True
+        theirs = _body_nodes(other.args[1], other.args[0])
+        if mark not in theirs and theirs & inside:
+            return True
+    return False
+
+
+def _escaping(graph: Graph, inside: set[Node], outputs: list[Node], mark: Node) -> list[Node]:
+    return [
+        node
+        for node in graph.nodes
+        if node in inside
+        and node not in outputs
+        and not isinstance(value_of(node), (tuple, list))
+        and any(user not in inside and user is not mark for user in node.users)
+    ]
+
+
+def _body(
+    module: GraphModule,
+    points: list[Node],
+    outputs: list[Node],
+    escaping: list[Node],
+    inside: set[Node],
+) -> tuple[GraphModule, list[Node]]:
+    """Copy ``inside`` into a graph of its own; return it with the outer nodes it captures."""
+    body = Graph()
+    new: dict[Node, Node] = {}
+
+    def take(node: Node) -> Node:
+        copy = body.placeholder(node.name)
+        copy.meta = dict(node.meta)
+        return copy
+
+    for point in points:
+        new[point] = take(point)
+    ordered = [node for node in module.graph.nodes if node in inside]
+    captured: list[Node] = []
+    for node in ordered:
+        for read in node.all_input_nodes:
+            if read not in inside and read not in new and read.op != "get_attr":
+                new[read] = take(read)
+                captured.append(read)
+    attributes: dict[str, Any] = {}
+    for node in ordered:
+        for read in node.all_input_nodes:
+            if read.op == "get_attr" and read not in new:
+                attributes[str(read.target)] = _attribute(module, str(read.target))
+                new[read] = body.get_attr(str(read.target))
+                new[read].meta = dict(read.meta)
+        new[node] = body.node_copy(node, new.__getitem__)
+    body.output(tuple(new[n] for n in [*outputs, *escaping]))
+    root = torch.nn.Module()
+    for target, value in attributes.items():
+        setattr(root, target, value)
+    result = GraphModule(root, body)
+    _dissolve_marks(result)
+    return finish(result), captured
+
+
+def _attribute(module: torch.nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _nested_order(inside: set[Node]) -> int:
+    return max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
+
+
+def _where(node: Node) -> str:
+    """Return ``file:line: code`` of the innermost frame of the user's code that made this node."""
+    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    for index in range(len(frames) - 1, -1, -1):
+        line = frames[index].strip()
+        if line.startswith("File "):
+            code = frames[index + 1].strip() if index + 1 < len(frames) else ""
+            path, _, rest = line.removeprefix('File "').partition('", line ')
+            return f"{path}:{rest.split(',')[0]}: {code}"
+    return "?"
+
+
+def _replace_with_zeros(graph: Graph, mark: Node) -> None:
+    """A derivative of something that does not depend on the point is zero."""
+    with graph.inserting_before(mark):
+        for index, value in enumerate(value_of(mark)):
+            if not all(isinstance(size, int) for size in value.shape):
+                raise NotNested("a derivative that is zero, of a tensor of symbolic size")
+            zeros = graph.call_function(
+                torch.ops.aten.full.default,
+                (list(value.shape), 0),
+                {"dtype": value.dtype, "device": value.device},
+            )
+            zeros.meta["val"] = value
+            _replace_item(mark, index, zeros)
+    graph.erase_node(mark)
+
+
+def _dissolve_marks(module: GraphModule) -> None:
+    """Replace the marks that have become plain: ``point(x) → x``, ``leaf(x) → stop(x)``."""
+    for node in list(module.graph.nodes):
+        if node.target is POINT:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif node.target in (LEAF, STOP):
+            node.target = derivative.stop
+
+
+def sites(module: GraphModule) -> list[Node]:
+    """Return the derivative nodes of a graph, not those inside bodies."""
+    return [node for node in module.graph.nodes if "site" in node.meta]
+
+
+def body_of(module: GraphModule, node: Node) -> GraphModule:
+    """Return the body graph of a derivative node."""
+    attribute = node.args[0]
+    assert isinstance(attribute, Node), f"{node} has no body"
+    return _attribute(module, str(attribute.target))
+
+
+def captured_of(node: Node) -> list[Node]:
+    """Return what a derivative node's body reads besides its points."""
+    _, n_points, n_outputs, _, *inputs = node.args
+    return inputs[n_points : len(inputs) - n_outputs]  # pyright: ignore[reportReturnType]
+

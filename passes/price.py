@@ -1,0 +1,112 @@
+"""What a graph costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from passes.graph import value_of
+
+# Views move no bytes.
+_VIEWS = {
+    torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default, torch.ops.aten.t.default, torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims, torch.ops.aten.select.int,
+    torch.ops.aten.slice.Tensor, torch.ops.aten.transpose.int, torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default, torch.ops.aten.diagonal.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a graph costs, as expressions in the symbolic sizes.
+
+    Attributes:
+        flops: Floating-point operations of matrix products and convolutions, two per multiply-add, by the formulas of
+            `torch.utils.flop_counter.flop_registry`.
+        bytes_moved: Bytes that operators read and write if each ran alone (views are free).
+    """
+
+    flops: sympy.Expr
+    bytes_moved: sympy.Expr
+
+    def at(self, hints: dict[sympy.Symbol, int]) -> tuple[int, int]:
+        """Return the numbers for given sizes."""
+        return int(self.flops.subs(hints)), int(self.bytes_moved.subs(hints))
+
+
+def _expr(value: Any) -> sympy.Expr:
+    node = getattr(value, "node", None)
+    return sympy.sympify(node.expr if node is not None else value)
+
+
+def _size_in_bytes(value: Any) -> sympy.Expr:
+    if not isinstance(value, Tensor):
+        return sympy.Integer(0)
+    elements = sympy.Integer(1)
+    for size in value.shape:
+        elements *= _expr(size)
+    return elements * value.element_size()
+
+
+def node_flops(node: Node) -> sympy.Expr:
+    """Return the matmul and convolution FLOPs of one node."""
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return sympy.Integer(0)
+    args = torch.fx.map_arg(node.args, value_of)
+    kwargs = torch.fx.map_arg(node.kwargs, value_of)
+    return _expr(formula(*args, **kwargs, out_val=value_of(node)))  # pyright: ignore
+
+
+def price(module: GraphModule) -> Price:
+    """Price a functional ATen graph."""
+    flops, moved = sympy.Integer(0), sympy.Integer(0)
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        flops += node_flops(node)
+        if node.target not in _VIEWS and getattr(node.target, "__name__", "") != "getitem":
+            moved += sum((_size_in_bytes(value_of(read)) for read in node.all_input_nodes), start=0)
+            moved += sum((_size_in_bytes(v) for v in tree_leaves(value_of(node))), start=0)
+    return Price(sympy.sympify(flops), sympy.sympify(moved))
+
+
+class FlopCounter(TorchDispatchMode):
+    """Count the matmul and convolution FLOPs of everything that runs inside, fake tensors included.
+
+    >>> with FlopCounter() as counter:
+    ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
+    >>> counter.flops
+    48
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total: sympy.Expr = sympy.Integer(0)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs so far, for sizes that are numbers."""
+        return int(self.total)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += _expr(formula(*args, **kwargs, out_val=out))
+        return out
+

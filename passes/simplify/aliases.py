@@ -1,0 +1,111 @@
+"""Drop nodes that return their argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from passes.graph import value_of
+
+aten = torch.ops.aten
+
+ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
+
+
+def _same_layout(node: Node) -> bool:
+    """Whether a node returns the same shape and type as its argument."""
+    old, new = value_of(node.args[0]), value_of(node)
+    return (
+        isinstance(old, Tensor)
+        and isinstance(new, Tensor)
+        and old.dtype == new.dtype
+        and old.device == new.device
+        and len(old.shape) == len(new.shape)
+        and all(_equal(a, b) for a, b in zip(old.shape, new.shape, strict=True))
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are proven equal (a comparison of symbols must not become a guard)."""
+    left, right = (getattr(getattr(s, "node", None), "expr", s) for s in (a, b))
+    return bool(left == right)
+
+
+def _is_identity_permutation(node: Node) -> bool:
+    dims: Any = node.args[1]
+    return list(dims) == list(range(len(dims)))
+
+
+def _undoes(node: Node) -> Node | None:
+    """Return ``x`` for ``permute(permute(x, p), q)`` where ``q`` undoes ``p``."""
+    inner = node.args[0]
+    if node.target is not aten.permute.default or not isinstance(inner, Node):
+        return None
+    if inner.target is not aten.permute.default:
+        return None
+    outer_dims, inner_dims = list(node.args[1]), list(inner.args[1])  # pyright: ignore
+    rank = len(inner_dims)
+    inside = [d % rank for d in inner_dims]
+    if [inside[d % rank] for d in outer_dims] == list(range(rank)):
+        return inner.args[0]  # pyright: ignore[reportReturnType]
+    return None
+
+
+def _neutral(number: Any) -> Callable[[Node], bool]:
+    def holds(node: Node) -> bool:
+        return (
+            not isinstance(node.args[1], Node)
+            and node.args[1] == number
+            and not node.kwargs.get("rounding_mode")
+            and _same_layout(node)
+        )
+
+    return holds
+
+
+_WHEN: dict[Any, Callable[[Node], bool]] = {
+    **dict.fromkeys(ALIASES, lambda node: True),
+    **dict.fromkeys(VIEWS, _same_layout),
+    aten.permute.default: _is_identity_permutation,
+    aten._to_copy.default: lambda node: _same_layout(node) and "memory_format" not in node.kwargs,
+    aten.clone.default: lambda node: True,
+    aten.mul.Tensor: _neutral(1),
+    aten.mul.Scalar: _neutral(1),
+    aten.div.Tensor: _neutral(1),
+    aten.div.Scalar: _neutral(1),
+    aten.add.Tensor: _neutral(0),
+    aten.sub.Tensor: _neutral(0),
+    aten.pow.Tensor_Scalar: _neutral(1),
+    aten.sum.dim_IntList: lambda node: _rank(node.args[0]) == 0 and _same_layout(node),
+    aten.mean.default: lambda node: _rank(node.args[0]) == 0 and _same_layout(node),
+}
+
+
+def _rank(node: Any) -> int:
+    return value_of(node).dim()
+
+
+def drop_aliases(graph: Graph) -> int:
+    """Drop what changes nothing: ``alias(x) → x``, a view to the same shape, ``x·1``, ``x+0``, a permutation and its inverse."""
+    changes = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.users:
+            continue
+        source = _undoes(node)
+        if source is None:
+            holds = _WHEN.get(node.target)
+            if holds is None or not isinstance(node.args[0], Node) or not holds(node):
+                continue
+            source = node.args[0]
+        if value_of(source).stride() != value_of(node).stride():
+            continue  # a view further on may rely on the layout
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        changes += 1
+    return changes
+

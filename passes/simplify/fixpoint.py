@@ -1,0 +1,35 @@
+"""The simplifying passes, in order, until none changes anything."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from passes.graph import drop_dead, finish
+from passes.simplify.aliases import drop_aliases
+from passes.simplify.common import merge_common
+from passes.simplify.masks import narrow_masks
+from passes.simplify.zeros import drop_zeros
+
+RULES = (drop_aliases, drop_zeros, narrow_masks, merge_common)
+
+
+def simplify(module: GraphModule, rounds: int = 20) -> dict[str, int]:
+    """Run every rule to a fixpoint.
+
+    Args:
+        module: A functional ATen graph; changed in place.
+        rounds: A bound on the rounds; reaching it is a bug in a rule.
+
+    Returns:
+        How often each rule fired.
+    """
+    fired = {rule.__name__: 0 for rule in RULES} | {"drop_dead": 0}
+    for _ in range(rounds):
+        fired["drop_dead"] += drop_dead(module.graph)
+        changes = {rule.__name__: rule(module.graph) for rule in RULES}
+        for name, count in changes.items():
+            fired[name] += count
+        if not any(changes.values()):
+            finish(module)
+            return fired
+    raise AssertionError(f"simplify did not settle in {rounds} rounds: {changes}")  # pyright: ignore

@@ -1,0 +1,30 @@
+"""What a strategy is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch.fx import GraphModule, Node
+
+
+class Refused(Exception):
+    """A strategy does not apply to a site; the message is the reason a report shows."""
+
+
+class Strategy(ABC):
+    """One way to evaluate a derivative node and its pullback."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, module: GraphModule, node: Node, active: set[Node]) -> None:
+        """Put a derivative node into this strategy's form, in place.
+
+        Args:
+            module: The derivative graph that holds the node.
+            node: A node that calls `passes.derivative.gradient`.
+            active: The nodes of that graph that carry a gradient from outside.
+
+        Raises:
+            Refused: The strategy does not apply; the graph is unchanged.
+        """

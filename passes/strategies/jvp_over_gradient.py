@@ -1,0 +1,190 @@
+"""JVP over gradient: the pullback of a gradient is one forward-mode pass over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes import derivative
+from passes.graph import is_float, placeholders, value_of
+from passes.linearize import linearize
+from passes.nest import active_nodes, body_of, sites
+from passes.simplify import simplify
+from passes.strategies.base import Refused, Strategy
+from passes.tangent_rules import NoRule
+from passes.tracing import fake_mode_of, trace
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The arguments of a derivative node, by role."""
+
+    points: list[Any]
+    captured: list[Any]
+    seeds: list[Any]
+    n_outputs: int
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self.points, *self.captured, *self.seeds]
+
+
+class JvpOverGradient(Strategy):
+    """Pull a site back by one JVP over the gradient of ``φ(x, θ, c, e) = ⟨c, f(x, θ)⟩ + ⟨e, other values⟩`` at ``e = 0``.
+
+    A cotangent ``v`` of ``∇ₓφ`` moves the point, a cotangent ``ū`` of a value moves that value's seed, and because the Hessian of
+    φ is symmetric the tangents of ``∇φ`` in that direction are the gradients of everything φ reads.
+    """
+
+    name = "jvp_over_gradient"
+
+    def build(self, module: GraphModule, node: Node, active: set[Node]) -> None:
+        """Replace ``gradient(body, …)`` by ``jvp_over_gradient(P, T, …)``."""
+        _, n_points, n_outputs, seed_dims, *inputs = node.args
+        if seed_dims:
+            raise Refused("several seeds are pulled back at once; their tangents are not batched yet")
+        parts = _Parts(
+            inputs[:n_points],
+            inputs[n_points : len(inputs) - n_outputs],
+            inputs[len(inputs) - n_outputs :],
+            n_outputs,
+        )
+        if any(value_of(n).is_complex() for n in parts.inputs if isinstance(value_of(n), Tensor)):
+            raise Refused("complex tensors: the symmetry of the Hessian is not proven")
+        used = sorted({item.args[1] for item in node.users})
+        body = self._inner_sites_built(body_of(module, node), parts, active)
+        try:
+            self._replace(module, node, body, parts, active, used)
+        except NoRule as error:
+            raise Refused(f"no forward-mode rule for {error}") from error
+
+    def _inner_sites_built(
+        self, body: GraphModule, parts: _Parts, active: set[Node]
+    ) -> GraphModule:
+        """Return the body with the derivatives inside it in this form too, where they accept it."""
+        if not sites(body):
+            return body
+        body = GraphModule(body, _copied(body))
+        inputs = placeholders(body.graph)
+        moving = {
+            inner
+            for inner, outer in zip(inputs, parts.inputs, strict=False)
+            if outer in parts.points or outer in active
+        }
+        inside = active_nodes(body.graph, moving)
+        for inner in sites(body):
+            try:
+                self.build(body, inner, inside)
+            except Refused:
+                continue  # reverse mode inside is as exact
+        body.recompile()
+        return body
+
+    def _replace(
+        self,
+        module: GraphModule,
+        node: Node,
+        body: GraphModule,
+        parts: _Parts,
+        active: set[Node],
+        used: list[int],
+    ) -> None:
+        n_points, n_results = len(parts.points), len(value_of(node))
+        first_seed = n_points + len(parts.captured)
+        extra = [i for i in used if i >= n_points + parts.n_outputs and is_float_value(node, i)]
+        pulled = [
+            i for i, read in enumerate(parts.inputs) if isinstance(read, Node) and read in active
+        ]
+        gradient = self._gradient_graph(node, body, parts, extra, pulled)
+        # input position in the gradient graph → position of the result whose cotangent moves it
+        moved_by = {i: i for i in range(n_points) if i in used}
+        moved_by |= {
+            first_seed + k: n_points + k for k in range(parts.n_outputs) if n_points + k in used
+        }
+        moved_by |= {len(parts.inputs) + k: i for k, i in enumerate(extra)}
+        captured = [i for i in pulled if n_points <= i < first_seed]
+        # pulled input → output of the gradient graph whose tangent is its gradient
+        answer = {i: i for i in range(n_points)}
+        answer |= {i: n_results + k for k, i in enumerate(captured)}
+        answer |= {first_seed + k: n_points + k for k in range(parts.n_outputs)}
+        lin = linearize(
+            gradient,
+            moving=list(moved_by),
+            kept=range(n_results),
+            wanted=[answer[i] for i in pulled],
+            zero=range(len(parts.inputs), len(parts.inputs) + len(extra)),
+        )
+        name = node.meta["site"].name
+        module.register_module(f"primal_{name}", lin.primal)
+        module.register_module(f"tangent_{name}", lin.tangent)
+        with module.graph.inserting_before(node):
+            primal = module.graph.get_attr(f"primal_{name}")
+            tangent = module.graph.get_attr(f"tangent_{name}")
+        node.target = derivative.jvp_over_gradient
+        node.args = (
+            primal,
+            tangent,
+            n_results,
+            tuple(moved_by.values()),
+            tuple(pulled),
+            *parts.inputs,
+        )
+
+    def _gradient_graph(
+        self, node: Node, body: GraphModule, parts: _Parts, extra: list[int], pulled: list[int]
+    ) -> GraphModule:
+        """Trace ``(x, θ, c, e) → (∇ₓφ, values, ∇_θφ)``."""
+        n_points, n_captured = len(parts.points), len(parts.captured)
+        captured = [i for i in pulled if n_points <= i < n_points + n_captured]
+        examples = [_example(read) for read in parts.inputs]
+        mode = fake_mode_of(examples)
+        with mode:
+            zeros = [torch.empty_like(value_of(node)[i]) for i in extra]
+
+        def gradient(*values: Any) -> tuple[Any, ...]:
+            inputs, seeds_of_extra = list(values[: len(examples)]), values[len(examples) :]
+            seeds = inputs[n_points + n_captured :]
+            with torch.enable_grad():
+                for i in [*range(n_points), *captured]:
+                    inputs[i] = inputs[i].detach().requires_grad_()
+                results = body(*inputs[: n_points + n_captured])
+                pairs = [*zip(results[: parts.n_outputs], seeds, strict=True)]
+                pairs += [(results[i - n_points], e) for i, e in zip(extra, seeds_of_extra, strict=True)]
+                pairs = [(u, c) for u, c in pairs if u.requires_grad]
+                at = [inputs[i] for i in [*range(n_points), *captured]]
+                grads = _gradients(pairs, at)
+            return (*grads[:n_points], *results, *grads[n_points:])
+
+        graph = trace(gradient, [*examples, *zeros], mode, functional=False)
+        simplify(graph)
+        return graph
+
+
+def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Tensor, ...]:
+    if not pairs:
+        return tuple(torch.zeros_like(x) for x in at)
+    outputs, seeds = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, at, seeds, allow_unused=True, materialize_grads=True
+    )
+
+
+def _example(read: Any) -> Any:
+    value = value_of(read)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copied(module: GraphModule) -> torch.fx.Graph:
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output)
+    return graph
+
+
+def is_float_value(node: Node, index: int) -> bool:
+    """Whether a result of a derivative node can carry a cotangent."""
+    return is_float(value_of(node)[index])

@@ -1,0 +1,16 @@
+"""Reverse mode over reverse mode: what `autograd.grad(..., create_graph=True)` does, in the joint graph."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from passes.strategies.base import Strategy
+
+
+class Reverse(Strategy):
+    """Leave the node to autograd: the pullback of a gradient is reverse mode over its traced operators. Applies to every site."""
+
+    name = "reverse"
+
+    def build(self, module: GraphModule, node: Node, active: set[Node]) -> None:
+        """Change nothing: `passes.derivative.gradient` means reverse mode."""

@@ -1,0 +1,440 @@
+"""The tangent of every operator, by family.
+
+``out = op(x, …)`` moves with ``ẋ`` as ``op'(x) ẋ``. Families first: operators whose derivative is zero, those linear in the tensors
+that move, those linear in each of two tensors, elementwise ones (``ẋ`` times a derivative); a rule of its own is the last resort.
+An operator without a row gets PyTorch's own forward-mode rule for that operator.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from passes.markers import STOP
+
+aten = torch.ops.aten
+
+
+class NoRule(Exception):
+    """An operator that can not be differentiated in forward mode."""
+
+    def __init__(self, target: Any, reason: str) -> None:
+        super().__init__(f"{target}: {reason}")
+        self.target = target
+
+
+# Piecewise constant, boolean, integer or independent of the values: no tangent.
+ZERO = {
+    STOP, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default,
+    aten.trunc.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.empty_like.default, aten.new_zeros.default, aten.new_full.default, aten.new_ones.default,
+    aten.new_empty.default, aten.bernoulli.p, aten.bernoulli.default, aten.rand_like.default,
+    aten.randn_like.default, aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int,
+    aten.floor_divide.default, aten.heaviside.default, aten.sgn.default,
+}  # fmt: skip
+
+# Linear in all tensors that move, taken together: the same operator on the tangents, zeros where nothing moves.
+# Position of the tensors that may move; all other arguments are repeated.
+LINEAR: dict[Any, tuple[int, ...]] = {
+    op: (0,)
+    for op in (
+        aten.alias.default, aten.as_strided.default, aten.clone.default, aten.constant_pad_nd.default,
+        aten.cumsum.default, aten.detach.default, aten.diag_embed.default, aten.diagonal.default, aten.expand.default,
+        aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
+        aten.lift_fresh_copy.default, aten.mean.default, aten.mean.dim, aten.neg.default,
+        aten.permute.default, aten.roll.default, aten.repeat.default, aten.select.int, aten.slice.Tensor,
+        aten.slice_backward.default, aten.select_backward.default, aten.embedding.default,
+        aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.default, aten.squeeze.dim,
+        aten.squeeze.dims, aten.sum.default, aten.sum.dim_IntList, aten.t.default, aten.transpose.int,
+        aten.tril.default, aten.triu.default, aten.unbind.int, aten.unfold.default, aten.unsqueeze.default,
+        aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._to_copy.default,
+        aten.mul.Scalar, aten.div.Scalar, aten.avg_pool2d.default, aten.avg_pool2d_backward.default,
+        aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default,
+        aten.avg_pool3d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec,
+        aten.embedding_dense_backward.default, aten.max_pool2d_with_indices_backward.default,
+        aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.replication_pad2d.default,
+        aten.col2im.default, aten.im2col.default, aten.real.default, aten.imag.default,
+        aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default,
+        aten._unsafe_index.Tensor, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    )
+}  # fmt: skip
+LINEAR |= {
+    aten.where.self: (1, 2),
+    aten.add.Tensor: (0, 1),
+    aten.sub.Tensor: (0, 1),
+    aten.slice_scatter.default: (0, 1),
+    aten.select_scatter.default: (0, 1),
+    aten.diagonal_scatter.default: (0, 1),
+    aten.as_strided_scatter.default: (0, 1),
+    aten.scatter_add.default: (0, 3),
+    aten.scatter.src: (0, 3),
+    aten.index_put.default: (0, 2),
+    aten._unsafe_index_put.default: (0, 2),
+    aten.index_add.default: (0, 3),
+    aten.cat.default: (0,),
+    aten.stack.default: (0,),
+}
+
+# Linear in each of two tensors: (position, position); every other argument is repeated.
+BILINEAR = {
+    aten.mul.Tensor: (0, 1),
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.mv.default: (0, 1),
+    aten.dot.default: (0, 1),
+}
+
+# ẋ times a derivative that is a formula in the result ``y`` and the argument ``x``.
+ELEMENTWISE: dict[Any, Callable[[Tensor, Tensor], Any]] = {
+    aten.exp.default: lambda y, x: y,
+    aten.exp2.default: lambda y, x: y * 0.6931471805599453,
+    aten.expm1.default: lambda y, x: y + 1,
+    aten.log.default: lambda y, x: x.reciprocal(),
+    aten.log2.default: lambda y, x: (x * 0.6931471805599453).reciprocal(),
+    aten.log10.default: lambda y, x: (x * 2.302585092994046).reciprocal(),
+    aten.log1p.default: lambda y, x: (x + 1).reciprocal(),
+    aten.sin.default: lambda y, x: x.cos(),
+    aten.cos.default: lambda y, x: -x.sin(),
+    aten.tan.default: lambda y, x: 1 + y * y,
+    aten.sinh.default: lambda y, x: x.cosh(),
+    aten.cosh.default: lambda y, x: x.sinh(),
+    aten.asin.default: lambda y, x: (1 - x * x).rsqrt(),
+    aten.acos.default: lambda y, x: -(1 - x * x).rsqrt(),
+    aten.atan.default: lambda y, x: (x * x + 1).reciprocal(),
+    aten.asinh.default: lambda y, x: (x * x + 1).rsqrt(),
+    aten.sqrt.default: lambda y, x: 0.5 / y,
+    aten.rsqrt.default: lambda y, x: -0.5 * (y * y * y),
+    aten.reciprocal.default: lambda y, x: -(y * y),
+    aten.abs.default: lambda y, x: x.sgn(),
+    aten.square.default: lambda y, x: 2 * x,
+    aten.erf.default: lambda y, x: 1.1283791670955126 * (-(x * x)).exp(),
+    aten.erfc.default: lambda y, x: -1.1283791670955126 * (-(x * x)).exp(),
+    aten.relu.default: lambda y, x: (y > 0).to(y.dtype),
+}
+
+# The derivative as PyTorch's own backward operator, applied to ẋ: rule(ẋ, y, x, *other arguments).
+FROM_BACKWARD: dict[Any, Callable[..., Tensor]] = {
+    aten.tanh.default: lambda t, y, x: aten.tanh_backward(t, y),
+    aten.sigmoid.default: lambda t, y, x: aten.sigmoid_backward(t, y),
+    aten.relu.default: lambda t, y, x: aten.threshold_backward(t, y, 0),
+    aten.gelu.default: lambda t, y, x, **k: aten.gelu_backward(t, x, **k),
+    aten.silu.default: lambda t, y, x: aten.silu_backward(t, x),
+    aten.softplus.default: lambda t, y, x, beta=1, threshold=20: aten.softplus_backward(
+        t, x, beta, threshold
+    ),
+    aten.elu.default: lambda t, y, x, alpha=1, scale=1, input_scale=1: aten.elu_backward(
+        t, alpha, scale, input_scale, False, x
+    ),
+    aten.leaky_relu.default: lambda t, y, x, slope=0.01: aten.leaky_relu_backward(
+        t, x, slope, False
+    ),
+    aten.hardtanh.default: lambda t, y, x, low=-1, high=1: aten.hardtanh_backward(t, x, low, high),
+    aten.hardswish.default: lambda t, y, x: aten.hardswish_backward(t, x),
+    aten.hardsigmoid.default: lambda t, y, x: aten.hardsigmoid_backward(t, x),
+    aten.mish.default: lambda t, y, x: aten.mish_backward(t, x),
+}
+
+
+def _plus(a: Any, b: Any) -> Any:
+    """Add two tangents, either of which may be a zero that costs nothing."""
+    if a is None:
+        return b
+    return a if b is None else a + b
+
+
+def _grown(tangent: Tensor | None, like: Tensor) -> Tensor | None:
+    """Broadcast a tangent to its result's shape and type, where an operator broadcast its argument."""
+    if tangent is None:
+        return None
+    if tangent.dtype != like.dtype:
+        tangent = tangent.to(like.dtype)
+    return tangent if tangent.shape == like.shape else tangent.expand(like.shape)
+
+
+def _linear(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
+    moved = list(args)
+    for position in LINEAR[target]:
+        if position < len(args):
+            moved[position] = pytree.tree_map(
+                lambda primal, tangent: _or_zeros(primal, tangent),
+                args[position],
+                _like_structure(args[position], along[position]),
+            )
+    return target(*moved, **kwargs)
+
+
+def _like_structure(primal: Any, tangent: Any) -> Any:
+    if isinstance(primal, (list, tuple)) and tangent is None:
+        return [None] * len(primal)
+    return tangent
+
+
+def _or_zeros(primal: Any, tangent: Any) -> Any:
+    if tangent is not None:
+        return tangent
+    return torch.zeros_like(primal) if isinstance(primal, Tensor) else 0
+
+
+def _add(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Tensor | None:
+    """``a ± αb``, without the zero of the side that does not move."""
+    scale = kwargs.get("alpha", 1) * (-1 if target is aten.sub.Tensor else 1)
+    left, right = along[0], along[1]
+    if right is not None and scale != 1:
+        right = -right if scale == -1 else right * scale
+    return _grown(_plus(left, right), out)
+
+
+def _where(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Tensor:
+    condition, *_ = args
+    _, on_true, on_false = along
+    zero = torch.zeros((), dtype=out.dtype, device=out.device)
+    moved = torch.where(
+        condition, zero if on_true is None else on_true, zero if on_false is None else on_false
+    )
+    grown = _grown(moved, out)
+    assert grown is not None
+    return grown
+
+
+def _scalar_shift(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    return _grown(along[0], out)
+
+
+def _bilinear(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
+    total = None
+    for position in BILINEAR[target]:
+        if along[position] is None:
+            continue
+        moved = list(args)
+        moved[position] = along[position]
+        total = _plus(total, target(*moved, **kwargs))
+    return _grown(total, out) if isinstance(out, Tensor) else total
+
+
+def _div(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    if kwargs.get("rounding_mode") is not None:
+        return None
+    _, b = args
+    above, below = along
+    top = None if above is None else above / b
+    bottom = None if below is None else -(below / b) * out
+    return _grown(_plus(top, bottom), out)
+
+
+def _pow_scalar(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    x, n = args
+    if n == 0:
+        return None
+    factor = 2 * x if n == 2 else n * aten.pow.Tensor_Scalar(x, n - 1)
+    return along[0] if n == 1 else along[0] * factor
+
+
+def _addmm(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """``β·input + α·a@b``."""
+    product = aten.mm if target is aten.addmm.default else aten.bmm
+    _, a, b = args
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    left = None if along[1] is None else product(along[1], b)
+    right = None if along[2] is None else product(a, along[2])
+    total = _plus(left, right)
+    if total is not None and alpha != 1:
+        total = total * alpha
+    shift = along[0]
+    if shift is not None and beta != 1:
+        shift = shift * beta
+    return _grown(_plus(shift, total), out)
+
+
+def _convolution(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    x, weight, _, *options = args
+    dx, dweight, dbias, *_ = along
+    total = None
+    if dx is not None:
+        total = target(dx, weight, None, *options)
+    if dweight is not None:
+        total = _plus(total, target(x, dweight, None, *options))
+    if dbias is not None:
+        shape = [1, -1] + [1] * (out.dim() - 2)
+        total = _plus(total, dbias.view(shape))
+    return _grown(total, out)
+
+
+def _convolution_backward(
+    target: Any, out: Any, args: tuple, kwargs: dict, along: tuple
+) -> tuple[Any, Any, Any]:
+    """Bilinear per result: the input's gradient in (grad, weight), the weight's in (grad, input), the bias' in grad alone.
+
+    One call per result that is wanted, so that no call computes two gradients where one is used.
+    """
+    grad, x, weight, *options, mask = args
+    dgrad, dx, dweight, *_ = along
+    total: list[Any] = [None, None, None]
+
+    def call(result: int, g: Tensor, i: Tensor, w: Tensor) -> None:
+        only = [result == k for k in range(3)]
+        total[result] = _plus(total[result], target(g, i, w, *options, only)[result])
+
+    if mask[0]:
+        if dgrad is not None:
+            call(0, dgrad, x, weight)
+        if dweight is not None:
+            call(0, grad, x, dweight)
+    if mask[1]:
+        if dgrad is not None:
+            call(1, dgrad, x, weight)
+        if dx is not None:
+            call(1, grad, dx, weight)
+    if mask[2] and dgrad is not None:
+        total[2] = dgrad.sum([0, *range(2, dgrad.dim())])
+    return total[0], total[1], total[2]
+
+
+def _softmax(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Tensor:
+    scaled = out * along[0]
+    return scaled - out * scaled.sum(args[1], keepdim=True)
+
+
+def _log_softmax(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Tensor:
+    return along[0] - (out.exp() * along[0]).sum(args[1], keepdim=True)
+
+
+def _max_pool(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple[Any, None]:
+    """The tangent is read where the maximum was found."""
+    pooled, indices = out
+    flat = along[0].flatten(-2).gather(-1, indices.flatten(-2))
+    return flat.view(pooled.shape), None
+
+
+def _along_indices(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple:
+    """``max``, ``min``, ``sort``, ``topk``, ``cummax`` along a dimension: the tangent follows the indices."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    if target is aten.topk.default:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    keep = args[2] if target in (aten.max.dim, aten.min.dim) and len(args) > 2 else None
+    indices = out[1]
+    if target in (aten.max.dim, aten.min.dim) and not keep and along[0].dim():
+        return along[0].gather(dim, indices.unsqueeze(dim)).squeeze(dim), None
+    return (along[0].gather(dim, indices) if along[0].dim() else along[0]), None
+
+
+def _extremum(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Tensor:
+    """``amax``/``amin``: equal extrema share the derivative evenly, as in reverse mode."""
+    x = args[0]
+    dims = list(args[1]) if len(args) > 1 and args[1] else list(range(x.dim()))
+    keep = bool(args[2]) if len(args) > 2 else False
+    full = out if keep else target(x, dims, True)
+    at = (x == full).to(x.dtype)
+    share = at / at.sum(dims, keepdim=True)
+    return (along[0] * share).sum(dims, keepdim=keep)
+
+
+def _larger(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """``maximum``/``minimum``: equal arguments take half each, as in reverse mode."""
+    a, b = args
+    first = a > b if target is aten.maximum.default else a < b
+    weight = torch.where(first, 1.0, torch.where(a == b, 0.5, 0.0)).to(out.dtype)
+    left = None if along[0] is None else along[0] * weight
+    right = None if along[1] is None else along[1] * (1 - weight)
+    return _grown(_plus(left, right), out)
+
+
+def _clamp(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    x = args[0]
+    names = {aten.clamp_min.default: ("min",), aten.clamp_max.default: ("max",)}
+    bounds = dict(zip(names.get(target, ("min", "max")), args[1:], strict=False)) | kwargs
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if bounds.get("min") is not None:
+        inside = inside & (x >= bounds["min"])
+    if bounds.get("max") is not None:
+        inside = inside & (x <= bounds["max"])
+    return torch.where(inside, along[0], 0)
+
+
+RULES: dict[Any, Callable[[Any, Any, tuple, dict, tuple], Any]] = {
+    **dict.fromkeys(LINEAR, _linear),
+    **dict.fromkeys(BILINEAR, _bilinear),
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _add,
+    aten.add.Scalar: _scalar_shift,
+    aten.sub.Scalar: _scalar_shift,
+    aten.where.self: _where,
+    aten.div.Tensor: _div,
+    aten.pow.Tensor_Scalar: _pow_scalar,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _addmm,
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+    aten._softmax.default: _softmax,
+    aten._log_softmax.default: _log_softmax,
+    aten.max_pool2d_with_indices.default: _max_pool,
+    aten.amax.default: _extremum,
+    aten.amin.default: _extremum,
+    aten.maximum.default: _larger,
+    aten.minimum.default: _larger,
+    aten.clamp.default: _clamp,
+    aten.clamp_min.default: _clamp,
+    aten.clamp_max.default: _clamp,
+    **dict.fromkeys(
+        (aten.max.dim, aten.min.dim, aten.sort.default, aten.topk.default), _along_indices
+    ),
+}
+
+
+def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """Return the tangent of ``out = target(*args, **kwargs)``.
+
+    Args:
+        target: The operator.
+        out: Its result, already computed.
+        args: Values of the arguments.
+        kwargs: Values of the keyword arguments (none of which moves).
+        along: Tangents of ``args``, None where an argument does not move.
+
+    Returns:
+        A tangent, a tuple of tangents for an operator with several results, or None for zero.
+
+    Raises:
+        NoRule: There is no rule for the operator, here or in PyTorch.
+    """
+    if target is operator.getitem:
+        return along[0][args[1]]
+    if target in ZERO or not _can_move(out):
+        return None
+    if target in RULES:
+        return RULES[target](target, out, args, kwargs, along)
+    if target in FROM_BACKWARD:
+        return FROM_BACKWARD[target](along[0], out, *args, **kwargs)
+    if target in ELEMENTWISE:
+        return along[0] * ELEMENTWISE[target](out, args[0])
+    return _pytorch_rule(target, args, kwargs, along)
+
+
+def _can_move(out: Any) -> bool:
+    leaves = out if isinstance(out, (tuple, list)) else [out]
+    return any(
+        isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex) for x in leaves
+    )
+
+
+def _pytorch_rule(target: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """Apply PyTorch's own forward-mode rule for one operator."""
+    try:
+        with forward_ad.dual_level():
+            dual = pytree.tree_map(
+                lambda primal, tangent: primal
+                if tangent is None
+                else forward_ad.make_dual(primal, tangent.expand_as(primal)),
+                list(args),
+                [_like_structure(a, t) for a, t in zip(args, along, strict=True)],
+                is_leaf=lambda x: x is None,
+            )
+            moved = target(*dual, **kwargs)
+            return pytree.tree_map_only(Tensor, lambda x: forward_ad.unpack_dual(x).tangent, moved)
+    except (RuntimeError, NotImplementedError) as error:
+        raise NoRule(target, str(error).splitlines()[0]) from error

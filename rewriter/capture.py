@@ -1,0 +1,171 @@
+"""Capture a loss as one graph with Dynamo: the one file that knows Dynamo's private names.
+
+Dynamo traces the user's function and guards on what it saw; we are its backend. Two of its restrictions exist because of what
+usually comes after it, AOTAutograd, and are lifted while it traces a decorated loss:
+
+- `torch.autograd.grad` becomes one node whatever its tensors' history: parts of the graph that lie outside are never walked,
+  because the gradient is computed inside the joint graph;
+- ``x.requires_grad_()`` and ``x.requires_grad = True`` become one node, on inputs and intermediates alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import exc as dynamo_errors
+from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.builtin import BuiltinVariable
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
+from torch._dynamo.variables.tensor import TensorVariable
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+from torch.fx import Node
+
+from rewriter.errors import CaptureError
+
+_lock = threading.RLock()
+
+DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException,)
+
+
+def set_requires_grad(x: Tensor, requires_grad: bool) -> Tensor:
+    """Do what ``x.requires_grad_(requires_grad)`` does; one node of the captured graph."""
+    return x.requires_grad_(requires_grad)
+
+
+def _proxy_arguments(args: Any, kwargs: Any) -> tuple[tuple, dict]:
+    return tuple(a.as_proxy() for a in args), {k: v.as_proxy() for k, v in kwargs.items()}
+
+
+def _handle_autograd_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """Put `torch.autograd.grad` into the graph as one node."""
+    inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+    keys = None
+    if isinstance(inputs, ConstDictVariable):
+        keys = list(inputs.items)
+        flat = TupleVariable(list(inputs.items.values()))
+        args = (args[0], flat, *args[2:]) if len(args) > 1 else args
+        kwargs = kwargs if len(args) > 1 else {**kwargs, "inputs": flat}
+    proxy = tx.output.create_proxy(
+        "call_function", torch.autograd.grad, *_proxy_arguments(args, kwargs)
+    )
+    result = wrap_fx_proxy(tx=tx, proxy=proxy)
+    if keys is None:
+        return result
+    assert isinstance(result, BaseListVariable)
+    return ConstDictVariable(dict(zip(keys, result.items, strict=True)), dict)
+
+
+def _requires_grad_(self: TensorVariable, tx: Any, requires_grad: Any = True) -> TensorVariable:
+    """Put a change of ``requires_grad`` into the graph as one node."""
+    flag = requires_grad if isinstance(requires_grad, bool) else requires_grad.as_python_constant()
+    example = self.as_proxy().node.meta["example_value"]
+    if example.requires_grad != flag:
+        tx.output.create_proxy(
+            "call_function", set_requires_grad, (self.as_proxy(), flag), {}
+        )
+        example.requires_grad_(flag)
+        self.requires_grad = flag
+    return self
+
+
+def _setattr_on_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, tx: Any, obj: Any, name: Any, value: Any) -> Any:
+        if (
+            isinstance(obj, TensorVariable)
+            and name.is_python_constant()
+            and name.as_python_constant() == "requires_grad"
+            and value.is_python_constant()
+        ):
+            _requires_grad_(obj, tx, value)
+            return ConstantVariable.create(None)
+        return original(self, tx, obj, name, value)
+
+    return call
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block."""
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+    settings = {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
+    with _lock, contextlib.ExitStack() as stack:
+        stack.enter_context(dynamo_config.patch(**settings, recompile_limit=64))
+        stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
+        call = "_call_setattr" if hasattr(BuiltinVariable, "_call_setattr") else "call_setattr"
+        stack.enter_context(
+            _replaced(BuiltinVariable, call, _setattr_on_tensor(getattr(BuiltinVariable, call)))
+        )
+        old = handlers.get(torch.autograd.grad)
+        handlers[torch.autograd.grad] = _handle_autograd_grad
+        try:
+            yield
+        finally:
+            if old is None:
+                del handlers[torch.autograd.grad]
+            else:
+                handlers[torch.autograd.grad] = old
+
+
+def compile_function(
+    function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
+) -> Callable[..., Any]:
+    """Return ``function`` behind Dynamo's guards, each new specialisation built by ``backend(graph module, inputs)``."""
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+
+
+def as_capture_error(error: BaseException) -> CaptureError | None:
+    """Return what stood in the way of a capture, in words; None if the error is not about capture."""
+    inner = getattr(error, "inner_exception", None) or error.__cause__
+    if isinstance(error, CaptureError):
+        return error
+    if isinstance(inner, CaptureError):
+        return inner
+    if isinstance(error, DYNAMO_ERRORS):
+        text = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return CaptureError(text[0] if text else type(error).__name__, _user_line(error, text))
+    return None
+
+
+def _user_line(error: BaseException, text: list[str]) -> str:
+    """Return the innermost line of the user's code that an error of Dynamo names."""
+    stack = getattr(error, "real_stack", None)
+    if stack:
+        frame = stack[-1]
+        return f"{frame.filename}:{frame.lineno}: {frame.line or ''}".rstrip(": ")
+    for index in range(len(text) - 1, -1, -1):
+        if text[index].startswith("File "):
+            path, _, rest = text[index].removeprefix('File "').partition('", line ')
+            code = text[index + 1] if index + 1 < len(text) else ""
+            return f"{path}:{rest.split(',')[0]}: {code}"
+    return "?"
+
+
+def example_of(node: Node) -> Any:
+    """Return the fake value Dynamo gave a node of a captured graph."""
+    return node.meta.get("example_value")
+
+
+def source_name(placeholder: Node) -> str:
+    """Return where a captured graph's input comes from, as an expression over the function's locals and globals."""
+    argument = placeholder.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    name = getattr(source, "name", None)
+    return (name() if callable(name) else name) or placeholder.name

@@ -1,0 +1,32 @@
+"""What can go wrong, in words."""
+
+from __future__ import annotations
+
+
+class OptimizeNestedError(RuntimeError):
+    """Base of the errors this package raises."""
+
+
+class CaptureError(OptimizeNestedError):
+    """A loss could not be captured as one graph.
+
+    Attributes:
+        reason: What stood in the way.
+        where: ``file:line: code`` of the user's code, or ``?``.
+    """
+
+    def __init__(self, reason: str, where: str = "?") -> None:
+        super().__init__(f"{reason} (at {where})" if where != "?" else reason)
+        self.reason, self.where = reason, where
+
+
+class NotRewritten(OptimizeNestedError):
+    """`strict=True`, and a derivative would be left as written."""
+
+
+class CheckFailed(OptimizeNestedError):
+    """`check=True`, and the rewritten loss differs from the loss as written."""
+
+
+class NestedGradientWarning(UserWarning):
+    """A decorated loss runs as written."""

@@ -1,0 +1,276 @@
+"""From what Dynamo captured to the flat graph: functional ATen operators, nested derivatives as marks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms, predispatch
+from torch.fx import GraphModule, Interpreter, Node
+
+from passes.graph import placeholders, results
+from passes.linearize import flatten_output
+from passes.markers import STOP, gradient_mark, leaf_mark, point_mark, stop_mark
+from passes.tracing import fake_mode_of, trace
+from rewriter.capture import example_of, set_requires_grad
+from rewriter.errors import CaptureError
+
+_C = torch._C._functorch
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Flat:
+    """The flat graph of a loss.
+
+    Attributes:
+        module: ``inputs → (*outputs, *new values)``.
+        n_outputs: How many results are the loss's own.
+        updated: Positions of the inputs that the remaining results are to be written to.
+        promoted: Positions of the inputs on which the loss calls ``requires_grad_()``.
+    """
+
+    module: GraphModule
+    n_outputs: int
+    updated: tuple[int, ...]
+    promoted: tuple[int, ...]
+
+
+def flatten(captured: GraphModule) -> Flat:
+    """Run a captured graph once on fake tensors and record functional ATen operators.
+
+    In-place writes are made functional, `torch.vmap` is dissolved into batched operators, `no_grad` and `detach` become ``stop``
+    marks, and each derivative becomes a ``gradient`` mark.
+
+    Raises:
+        CaptureError: The graph holds something whose meaning would be lost.
+    """
+    examples = [example_of(node) for node in placeholders(captured.graph)]
+    constants = [x.detach() if isinstance(x, Tensor) else x for x in examples]
+    marking = _Marking(captured)
+
+    def run(*values: Any) -> Any:
+        with torch.no_grad():
+            return marking.run(*values, enable_io_processing=False)
+
+    module = trace(run, constants, fake_mode_of(examples), functional=True)
+    flatten_output(module.graph)
+    for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
+        node.target = STOP
+    n_outputs = len(results(module.graph))
+    return Flat(module, n_outputs, _take_out_updates(module), marking.promoted)
+
+
+def _take_out_updates(module: GraphModule) -> tuple[int, ...]:
+    """Turn writes to inputs at the graph's end into results of the graph."""
+    graph = module.graph
+    position = {node: index for index, node in enumerate(placeholders(graph))}
+    new: dict[int, Any] = {}
+    for node in list(graph.find_nodes(op="call_function", target=aten.copy_.default)):
+        written, value = node.args[:2]
+        if written not in position:
+            raise CaptureError(f"the loss writes to {written}, which is neither input nor its own")
+        new[position[written]] = value
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    output = graph.output_node()
+    output.args = ((*results(graph), *new.values()),)
+    module.recompile()
+    return tuple(new)
+
+
+class _Marking(Interpreter):
+    """Interpret a captured graph; derivatives are marked, all else is run."""
+
+    def __init__(self, captured: GraphModule) -> None:
+        super().__init__(captured)
+        self.depth = 0
+        self.grad_enabled = True
+        self.vmaps: list[tuple[int, int]] = []
+        self.level_at: dict[int, int] = {}
+        self.before: dict[Node, Node] = {}
+        inputs = placeholders(captured.graph)
+        changed = {
+            node.args[0]
+            for node in captured.graph.find_nodes(op="call_function", target=set_requires_grad)
+        }
+        self.promoted = tuple(i for i, node in enumerate(inputs) if node in changed)
+        self.promoted_nodes = {inputs[i] for i in self.promoted}
+        self.raw: dict[Node, Any] = {}
+        self.handlers: dict[Any, Callable[..., Any]] = {
+            torch.autograd.grad: self._autograd_grad,
+            eager_transforms._autograd_grad: self._func_grad,
+            eager_transforms._set_tensor_requires_grad: lambda x: x,
+            _C._wrap_for_grad: lambda x, level: self._point(x),
+            predispatch._unwrap_for_grad: lambda x, level: x,
+            _C._grad_increment_nesting: self._enter,
+            _C._grad_decrement_nesting: self._leave,
+            _C.set_inplace_requires_grad_allowed: lambda allowed: None,
+            torch._C._autograd._saved_tensors_hooks_disable: lambda message: None,
+            torch._C._autograd._saved_tensors_hooks_enable: lambda: None,
+            torch._C._set_grad_enabled: self._set_grad_enabled,
+            predispatch._vmap_increment_nesting: self._enter_vmap,
+            predispatch._vmap_decrement_nesting: self._leave_vmap,
+            predispatch._add_batch_dim: self._add_batch_dim,
+            predispatch._remove_batch_dim: self._remove_batch_dim,
+        }
+
+    # nodes
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        node = self.node_running
+        if node in self.promoted_nodes:
+            # What is computed from the input before `requires_grad_()` does not carry its gradient.
+            self.raw[node] = value
+            return stop_mark(value)
+        return value
+
+    def run_node(self, n: Node) -> Any:
+        self.node_running = n
+        if n.target is set_requires_grad or (
+            n.op == "call_method" and n.target == "requires_grad_"
+        ):
+            return self._set_requires_grad(n)
+        if not self.grad_enabled and _writes_to_differentiable(n):
+            raise CaptureError("an in-place write under no_grad to a tensor that requires grad")
+        out = super().run_node(n)
+        if self.grad_enabled or n.op in ("placeholder", "output", "get_attr"):
+            return out
+        return torch.utils._pytree.tree_map_only(Tensor, _stopped, out)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        handler = self.handlers.get(target)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._higher_order(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target.name() in ("tag_activation_checkpoint", "wrap_activation_checkpoint"):
+            body, *inputs = args
+            return body(*inputs)
+        raise CaptureError(f"{target.name()} is not understood yet")
+
+    def _set_requires_grad(self, node: Node) -> Any:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        flag = node.args[1] if len(node.args) > 1 else node.kwargs.get("requires_grad", True)
+        if source in self.promoted_nodes:
+            if not flag:
+                raise CaptureError("requires_grad is switched off on an input inside the loss")
+            self.env[source] = self.raw[source]
+        else:
+            self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
+        return self.env[source]
+
+    def _set_grad_enabled(self, enabled: bool) -> None:
+        self.grad_enabled = enabled
+
+    # transforms
+
+    def _enter(self) -> None:
+        self.depth += 1
+
+    def _leave(self) -> None:
+        self.depth -= 1
+
+    def _enter_vmap(self, batch_size: Any, randomness: str) -> None:
+        self.depth += 1
+        level = predispatch._vmap_increment_nesting(batch_size, randomness)
+        self.level_at[self.depth] = level
+        self.vmaps.append((level, batch_size))
+
+    def _leave_vmap(self) -> None:
+        self.depth -= 1
+        self.vmaps.pop()
+        predispatch._vmap_decrement_nesting()
+
+    def _add_batch_dim(self, x: Tensor, dim: int, level: int) -> Tensor:
+        return predispatch._add_batch_dim(x, dim, self.level_at[level])
+
+    def _remove_batch_dim(self, x: Tensor, level: int, batch_size: Any, dim: int) -> Tensor:
+        return predispatch._remove_batch_dim(x, self.level_at[level], batch_size, dim)
+
+    def _point(self, x: Tensor) -> Tensor:
+        anchors = [
+            predispatch._add_batch_dim(torch.zeros(size), 0, level) for level, size in self.vmaps
+        ]
+        return point_mark(x, anchors)
+
+    # derivatives
+
+    def _autograd_grad(
+        self,
+        outputs: Any,
+        inputs: Any,
+        grad_outputs: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        only_inputs: bool = True,
+        allow_unused: bool | None = None,
+        is_grads_batched: bool = False,
+        materialize_grads: bool = False,
+    ) -> tuple[Any, ...]:
+        grads = self._marked(outputs, inputs, grad_outputs, int(is_grads_batched))
+        return grads if create_graph else tuple(g if g is None else stop_mark(g) for g in grads)
+
+    def _func_grad(
+        self,
+        outputs: Any,
+        inputs: Any,
+        grad_outputs: Any = None,
+        retain_graph: bool = False,
+        create_graph: bool = True,
+    ) -> tuple[Any, ...]:
+        return self._marked(outputs, inputs, grad_outputs, 0)
+
+    def _marked(
+        self, outputs: Any, inputs: Any, grad_outputs: Any, seed_dims: int
+    ) -> tuple[Any, ...]:
+        """Mark the derivatives that are not None; Dynamo ran autograd on fake tensors and knows which are."""
+        outputs, inputs = _as_list(outputs), _as_list(inputs)
+        seeds = [None] * len(outputs) if grad_outputs is None else _as_list(grad_outputs)
+        seeds = [
+            torch.ones_like(u) if seed is None else seed
+            for u, seed in zip(outputs, seeds, strict=True)
+        ]
+        examples = example_of(self.node_running)
+        reached = [i for i, example in enumerate(examples) if example is not None]
+        if not reached:
+            return (None,) * len(inputs)
+        marked = gradient_mark(outputs, [inputs[i] for i in reached], seeds, seed_dims)
+        found = dict(zip(reached, marked, strict=True))
+        return tuple(found.get(i) for i in range(len(inputs)))
+
+
+def _as_list(tensors: Any) -> list[Any]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _stopped(x: Tensor) -> Tensor:
+    return stop_mark(x) if x.dtype.is_floating_point or x.dtype.is_complex else x
+
+
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.ipow, operator.imatmul,
+}  # fmt: skip
+
+
+def _writes_to_differentiable(node: Node) -> bool:
+    name = str(node.target)
+    in_place = node.target in _IN_PLACE or (
+        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    )
+    written = [node.args[0]] if in_place and node.args else []
+    if "out" in node.kwargs:
+        written.append(node.kwargs["out"])
+    return any(
+        isinstance(w, Node) and getattr(example_of(w), "requires_grad", False) for w in written
+    )

@@ -1,0 +1,79 @@
+"""Names for the tensors a loss reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def named_values(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments of a call by name, then what the function closes over and the globals it reads."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    for name, value in bound.arguments.items():
+        kind = inspect.signature(function).parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            yield from value.items()
+        else:
+            yield name, value
+    inner = inspect.unwrap(function)
+    if inspect.ismethod(inner):
+        yield "self", inner.__self__
+    if inspect.isfunction(inner) or inspect.ismethod(inner):
+        outer = inspect.getclosurevars(inner)
+        yield from outer.nonlocals.items()
+        yield from outer.globals.items()
+
+
+def named_tensors(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """Return parameters and tensors by name: ``model.0.weight``, ``x``, ``batch.points``, ``pair.0``; each tensor once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in named_values(function, args, kwargs):
+        for path, tensor in _tensors_in(name, value, depth=4):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[path] = tensor
+    return found
+
+
+def modules_in(function: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.nn.Module]:
+    """Return the modules a call reads."""
+    found = []
+    for _, value in named_values(function, args, kwargs):
+        found.extend(_modules(value, depth=4))
+    return list(dict.fromkeys(found))
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from zip(value._fields, value, strict=True)
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), item) for index, item in enumerate(value))
+    elif not isinstance(value, (type, torch.nn.Module)) and not inspect.ismodule(value):
+        # A plain object: its attributes (dataclasses, `self` of a decorated method).
+        yield from getattr(value, "__dict__", {}).items()
+
+
+def _tensors_in(path: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, torch.nn.Module):
+        for name, parameter in value.named_parameters():
+            yield f"{path}.{name}", parameter
+    elif depth and not callable(value):
+        for name, item in _children(value):
+            yield from _tensors_in(f"{path}.{name}", item, depth - 1)
+
+
+def _modules(value: Any, depth: int) -> Iterator[torch.nn.Module]:
+    if isinstance(value, torch.nn.Module):
+        yield value
+    elif depth and not callable(value) and not isinstance(value, Tensor):
+        for _, item in _children(value):
+            yield from _modules(item, depth - 1)

@@ -1,0 +1,102 @@
+"""The options of the decorator, checked once."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from passes.strategies import NAMES
+
+BACKENDS = ("inductor", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+STRATEGIES = ("auto", "as written", *NAMES)
+
+_disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("disabled", default=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a loss is optimised.
+
+    Attributes:
+        backend: ``"inductor"`` compiles the rewritten graph, ``"eager"`` runs it op by op.
+        mode: Passed to Inductor.
+        dynamic: As in `torch.compile`.
+        strategy: A strategy's name for all sites, or a mapping from site names to strategies; ``"auto"`` takes the cheapest.
+        strict: Whether anything left as written is an error.
+        check: Whether each new specialisation is compared with the loss as written in float64.
+        enabled: False calls the loss as written.
+    """
+
+    backend: str = "inductor"
+    mode: str = "default"
+    dynamic: bool | None = None
+    strategy: str | Mapping[str, str] = "auto"
+    strict: bool = False
+    check: bool = False
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        _require("backend", self.backend, BACKENDS)
+        _require("mode", self.mode, MODES)
+        if self.dynamic not in (None, True, False):
+            raise ValueError(f"dynamic: expected None, True or False, got {self.dynamic!r}")
+        if isinstance(self.strategy, Mapping):
+            for site, name in self.strategy.items():
+                _require(f"strategy[{site!r}]", name, STRATEGIES)
+        else:
+            _require("strategy", self.strategy, STRATEGIES)
+        for name in ("strict", "check", "enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    def strategy_for(self, site: str) -> str:
+        """Return the strategy that was asked for at a site."""
+        if isinstance(self.strategy, Mapping):
+            return self.strategy.get(site, "auto")
+        return self.strategy
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Build `Options`, naming an unknown one and the known ones.
+
+    Raises:
+        TypeError: An option that does not exist.
+        ValueError: A value an option does not take.
+    """
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"optimize_nested() has no option {name!r}; the options are {', '.join(known)}"
+            )
+    return Options(**given)
+
+
+def _require(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(item) for item in allowed)
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Run every decorated loss as written inside the ``with`` block (of this thread and its tasks).
+
+    >>> with disabled():
+    ...     pass
+    """
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def is_disabled() -> bool:
+    """Whether `disabled` or ``OPTIMIZE_NESTED=0`` is in force."""
+    return _disabled.get() or os.environ.get("OPTIMIZE_NESTED", "1") == "0"

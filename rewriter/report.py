@@ -1,0 +1,155 @@
+"""The record of what was done to a loss, and its one-screen text."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import sympy
+from torch.fx import GraphModule
+
+from passes.graph import describe, placeholders, value_of
+from passes.price import price
+from rewriter.rewrite import Candidate, Rewritten, Stage, size_hints
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one nested derivative.
+
+    Attributes:
+        name: The site's name, to be used in ``strategy={name: …}``.
+        where: ``file:line: code``.
+        operator: ``gradient`` or ``jacobian``.
+        order: 1 for a first derivative, 2 for a derivative of one, …
+        status: ``"rewritten"`` or ``"as written"``.
+        strategy: The strategy taken.
+        reason: Why, in words.
+    """
+
+    name: str
+    where: str
+    operator: str
+    order: int
+    status: str
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was captured, chosen and built for one specialisation of a loss.
+
+    Attributes:
+        sites: One record per nested derivative.
+        stages: The graph after each pass; each can be run.
+        candidates: Every form that was priced.
+        flops: Matmul and convolution FLOPs of the whole step (loss and gradients) as rewritten.
+        flops_as_written: The same for the loss as written.
+        flops_formula: ``flops`` in the symbolic sizes.
+        bytes_moved: Bytes that the rewritten graph's operators read and write, each on its own.
+        graph: The joint graph; runnable.
+        captured: Whether the loss was captured; if not, ``reason`` says why and the rest is empty.
+    """
+
+    sites: tuple[SiteReport, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    flops: int = 0
+    flops_as_written: int = 0
+    flops_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    bytes_moved: int = 0
+    graph: GraphModule | None = None
+    captured: bool = True
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.captured:
+            return f"runs as written: {self.reason}"
+        assert self.graph is not None
+        inputs = ", ".join(describe(value_of(n)) for n in placeholders(self.graph.graph))
+        lines = [f"{len(self.sites)} nested derivative(s), inputs {_shortened(inputs, 60)}"]
+        for site in self.sites:
+            lines.append(
+                f"  {site.name}: {site.operator}, order {site.order}, {site.status} "
+                f"({site.strategy})"
+            )
+            lines.append(f"    at {_short_path(site.where)}")
+            lines.append(f"    {site.reason}")
+        if self.candidates:
+            lines.append("candidates")
+            for candidate in self.candidates:
+                names = ", ".join(sorted(set(candidate.strategies.values()))) or "no site"
+                flops, moved = candidate.price.at(size_hints(self.graph))
+                lines.append(f"  {names}: {_si(flops)}FLOP, {_si(moved)}B moved")
+        lines.append("stages")
+        for stage in self.stages:
+            nodes = len(stage.module.graph.nodes)
+            lines.append(
+                f"  {stage.name}: {nodes} nodes, {stage.changes} changes, {stage.seconds:.2f} s"
+            )
+        ratio = self.flops / self.flops_as_written if self.flops_as_written else 1.0
+        lines.append(
+            f"step: {_si(self.flops)}FLOP, as written {_si(self.flops_as_written)}FLOP "
+            f"(x{ratio:.2f}), {_si(self.bytes_moved)}B moved"
+        )
+        return "\n".join(lines)
+
+
+def make_report(rewritten: Rewritten) -> Report:
+    """Build the report of a rewritten loss."""
+    assert rewritten.joint is not None
+    cost = price(rewritten.joint)
+    hints = size_hints(rewritten.joint)
+    flops, moved = cost.at(hints)
+    return Report(
+        sites=tuple(_site_report(rewritten, i) for i in range(len(rewritten.sites))),
+        stages=tuple(rewritten.stages),
+        candidates=tuple(rewritten.candidates),
+        flops=flops,
+        flops_as_written=int(rewritten.as_written.flops.subs(hints)),
+        flops_formula=cost.flops,
+        bytes_moved=moved,
+        graph=rewritten.joint,
+    )
+
+
+def _site_report(rewritten: Rewritten, index: int) -> SiteReport:
+    site = rewritten.sites[index]
+    strategy = rewritten.chosen[site.name]
+    refusal = rewritten.refusals.get((site.name, "jvp_over_gradient"))
+    if strategy != "reverse":
+        reason = "cheapest in FLOPs, or first among equals"
+    elif refusal is not None:
+        reason = f"jvp_over_gradient refused: {refusal}"
+    elif len(rewritten.candidates) == 1:
+        reason = "asked for"
+    else:
+        reason = "cheaper in FLOPs than jvp_over_gradient"
+    return SiteReport(
+        name=site.name,
+        where=site.where,
+        operator=site.operator,
+        order=site.order,
+        status="as written" if refusal is not None and strategy == "reverse" else "rewritten",
+        strategy=strategy,
+        reason=reason,
+    )
+
+
+def _si(number: float) -> str:
+    """Print with an SI prefix: ``12.3 M``."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _short_path(where: str) -> str:
+    path, colon, rest = where.partition(":")
+    return f"{os.path.basename(path)}{colon}{rest}"

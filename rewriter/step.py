@@ -1,0 +1,227 @@
+"""One specialisation of a decorated loss at run time."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.graph import is_random, needs, placeholders, results
+from passes.linearize import Linearization, split
+from rewriter.checking import check_step
+from rewriter.codegen import Compiled, compile_graph
+from rewriter.errors import OptimizeNestedError
+from rewriter.options import Options
+from rewriter.rewrite import Rewritten
+
+# Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
+value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
+
+
+class Step:
+    """Compute the loss and its gradients for inputs that pass one set of guards.
+
+    Called with the captured graph's inputs, returns its outputs. Gradients are computed with the loss and handed out by
+    ``backward()``; where the loss has several differentiable outputs, or one that is no scalar, a second graph computes them when
+    the cotangents are known.
+    """
+
+    def __init__(self, rewritten: Rewritten, options: Options) -> None:
+        self.rewritten, self.options = rewritten, options
+        roles = rewritten.roles
+        self.roles = roles
+        self.n_early = roles.n_outputs + len(roles.updated)
+        assert rewritten.joint is not None
+        self.is_random = any(is_random(node) for node in rewritten.joint.graph.nodes)
+        self.halves: Linearization | None = None
+        if rewritten.seeded and roles.differentiable:
+            n_inputs = len(placeholders(rewritten.derivative.graph))
+            late = placeholders(rewritten.joint.graph)[n_inputs:]
+            self.halves = split(rewritten.joint, late, self.n_early)
+        self._forward: Compiled | None = None
+        self._backward: Compiled | None = None
+        self._value: Compiled | None = None
+        self._unchecked = options.check
+
+    def _compile(self, module: GraphModule) -> Compiled:
+        return compile_graph(module, self.options.backend, self.options.mode)
+
+    def prepare(self) -> Step:
+        """Compile what every call needs; return self."""
+        if self.roles.differentiable:
+            whole = self.rewritten.joint
+            assert whole is not None
+            self._forward = self._compile(self.halves.primal if self.halves else whole)
+        return self
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        for position in self.rewritten.flat.promoted:
+            inputs[position].requires_grad_()  # as the loss as written does
+        if self._unchecked:
+            self._unchecked = False
+            check_step(self.rewritten, self._run, inputs)
+        return self._run(*inputs)
+
+    def _run(self, *inputs: Any) -> Sequence[Any]:
+        if value_only.get() or not self.roles.differentiable:
+            return self.value(inputs)
+        return _StepFunction.apply(self, *inputs)  # pyright: ignore[reportReturnType]
+
+    def value(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Compute outputs and state updates, no gradients."""
+        if self._value is None:
+            self._value = self._compile(self.rewritten.value_graph())
+        with torch.no_grad():
+            out = self._value(*inputs)
+            self.update(inputs, out)
+        return _own(out[: self.roles.n_outputs], inputs)
+
+    def forward(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Return the outputs, and the gradients or the residuals they need."""
+        if self._forward is None:
+            self.prepare()
+        assert self._forward is not None
+        out = self._forward(*inputs)
+        self.update(inputs, out)
+        return _own(out[: self.roles.n_outputs], inputs), out[self.n_early :]
+
+    def update(self, inputs: Sequence[Any], out: Sequence[Any]) -> None:
+        """Write new values to the inputs that the loss writes to."""
+        for position, value in zip(
+            self.roles.updated, out[self.roles.n_outputs : self.n_early], strict=True
+        ):
+            inputs[position].copy_(value)
+
+    def pull_back(self, residuals: Sequence[Any], cotangents: Sequence[Tensor]) -> Sequence[Any]:
+        """Return the gradients from residuals and cotangents."""
+        assert self.halves is not None
+        if self._backward is None:
+            self._backward = self._compile(self.halves.tangent)
+        return self._backward(*residuals, *cotangents)
+
+
+def _own(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Give the caller tensors that share no memory with the inputs' by accident of simplification."""
+    seen = {id(x) for x in inputs}
+    result = []
+    for value in outputs:
+        taken = isinstance(value, Tensor) and id(value) in seen
+        seen.add(id(value))
+        result.append(value.clone() if taken else value)
+    return tuple(result)
+
+
+class _StepFunction(torch.autograd.Function):
+    """Hand out gradients that the step has already computed."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.set_materialize_grads(False)
+        ctx.step, ctx.inputs = step, inputs
+        ctx.versions = [x._version if isinstance(x, Tensor) else None for x in inputs]
+        ctx.generator = torch.get_rng_state() if step.is_random else None
+        outputs, rest = step.forward(inputs)
+        for position in step.roles.updated:
+            ctx.versions[position] = inputs[position]._version
+        ctx.present = [isinstance(value, Tensor) for value in rest]
+        ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
+        ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
+        differentiable = step.roles.differentiable
+        ctx.like = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in differentiable}
+        ctx.mark_non_differentiable(
+            *(
+                u
+                for i, u in enumerate(outputs)
+                if i not in differentiable and isinstance(u, Tensor)
+            )
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        step: Step = ctx.step
+        if torch.is_grad_enabled():
+            return (None, *_differentiate_as_written(ctx, cotangents))
+        saved = iter(ctx.saved_tensors)
+        rest = [
+            next(saved) if present else plain
+            for present, plain in zip(ctx.present, ctx.plain, strict=True)
+        ]
+        given = [cotangents[i] for i in step.roles.differentiable]
+        if step.halves is None:
+            grads = _scaled(rest, given[0])
+        else:
+            full = [
+                torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+                for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
+            ]
+            grads = step.pull_back(rest, full)
+        by_input = dict(zip(step.roles.wanted, grads, strict=True))
+        return (None, *(by_input.get(i) for i in range(len(ctx.inputs))))
+
+
+def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor | None) -> list[Tensor | None]:
+    """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and change them."""
+    if cotangent is None:
+        return [None] * len(grads)
+    factor = cotangent.reshape(())
+    there = [g for g in grads if g is not None]
+    scaled = iter(torch._foreach_mul(there, factor) if there else ())
+    return [None if g is None else next(scaled) for g in grads]
+
+
+def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Any]:
+    """Gradients that can be differentiated once more (`create_graph=True`): run the loss as written again, under autograd.
+
+    Raises:
+        OptimizeNestedError: Something the loss reads was changed since.
+    """
+    step: Step = ctx.step
+    for x, version in zip(ctx.inputs, ctx.versions, strict=True):
+        if isinstance(x, Tensor) and x._version != version:
+            raise OptimizeNestedError(
+                f"create_graph=True: a tensor of shape {tuple(x.shape)} that the loss reads was changed in place after the "
+                "loss was computed; compute the loss again before differentiating it twice"
+            )
+    if step.roles.updated and _reads_updated_state(step):
+        raise OptimizeNestedError(
+            "create_graph=True: the value of this loss depends on a buffer that it also updates; call loss.as_written instead"
+        )
+    inputs = list(ctx.inputs)
+    for position in step.roles.updated:
+        inputs[position] = inputs[position].detach().clone()
+    with torch.random.fork_rng(enabled=ctx.generator is not None):
+        if ctx.generator is not None:
+            torch.set_rng_state(ctx.generator)
+        outputs = list(step.rewritten.captured(*inputs))
+    pairs = [
+        (outputs[i], cotangents[i]) for i in step.roles.differentiable if cotangents[i] is not None
+    ]
+    wanted = [inputs[i] for i in step.roles.wanted]
+    grads = torch.autograd.grad(
+        [u for u, _ in pairs],
+        wanted,
+        [c for _, c in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    by_input = dict(zip(step.roles.wanted, grads, strict=True))
+    return [by_input.get(i) for i in range(len(inputs))]
+
+
+def _reads_updated_state(step: Step) -> bool:
+    """Whether an output or a gradient depends on the old value of an input that the loss writes to."""
+    joint = step.rewritten.joint
+    assert joint is not None
+    found = results(joint.graph)
+    read = needs(
+        node
+        for index, node in enumerate(found)
+        if isinstance(node, Node) and not step.roles.n_outputs <= index < step.n_early
+    )
+    inputs = placeholders(joint.graph)
+    return any(inputs[i] in read for i in step.roles.updated)
