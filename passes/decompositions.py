@@ -32,14 +32,39 @@ _NORMS = (
 )
 
 
-def _draw_like(name: str) -> Callable[..., Tensor]:
-    """Make ``rand_like(x)`` a draw of a shape, so that it does not seem to depend on the value of ``x``."""
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor made like ``x`` has the strides of ``x``."""
+    return torch._prims_common.is_non_overlapping_and_dense(x)
 
-    def draw(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+
+def _draw_like(name: str) -> Callable[..., Any]:
+    """Make ``rand_like(x)`` a draw of a shape, so that it does not seem to depend on the value of ``x``.
+
+    The generator fills memory in order, so this is the same draw for contiguous tensors only; others keep the operator.
+    """
+
+    def draw(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+        if not x.is_contiguous():
+            return NotImplemented
         make = getattr(torch, name)
         return make(x.shape, dtype=dtype or x.dtype, device=device or x.device)
 
     return draw
+
+
+def _full_like(
+    x: Tensor, value: Any, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    """Make a constant of a shape, so that it does not seem to depend on the value of ``x``."""
+    return torch.full(x.shape, value, dtype=dtype or x.dtype, device=device or x.device)
+
+
+def _empty_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    """Make an empty tensor of a shape; strides are kept because a draw fills memory in order."""
+    dtype, device = dtype or x.dtype, device or x.device
+    if x.is_contiguous() or not _is_dense(x):
+        return torch.empty(x.shape, dtype=dtype, device=device)
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
 
 
 def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
@@ -48,7 +73,7 @@ def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
         return x.clone(), torch.ones(x.shape, dtype=torch.bool, device=x.device)
     if p == 1:
         return torch.zeros_like(x), torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-    kept = torch.bernoulli(torch.empty(x.shape, dtype=x.dtype, device=x.device), 1 - p)
+    kept = torch.bernoulli(_empty_like(x), 1 - p)
     return x * (kept / (1 - p)), kept.to(torch.bool)
 
 
@@ -58,7 +83,13 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     table: dict[Any, Any] = dict(core_aten_decompositions())
     table.update(get_decompositions(_NORMS))
     table.pop(aten.max_pool2d_with_indices_backward.default, None)
+    # As an alias it would be lost; in what a user wrote it stops gradients.
+    table.pop(aten.detach.default, None)
     table[aten.rand_like.default] = _draw_like("rand")
     table[aten.randn_like.default] = _draw_like("randn")
+    table[aten.full_like.default] = _full_like
+    table[aten.zeros_like.default] = lambda x, **k: _full_like(x, 0, **k)
+    table[aten.ones_like.default] = lambda x, **k: _full_like(x, 1, **k)
+    table[aten.empty_like.default] = _empty_like
     table[aten.native_dropout.default] = _dropout
     return table

@@ -130,6 +130,13 @@ def drop_dead(graph: Graph) -> int:
     return before - len(graph.nodes)
 
 
+def copy_graph(module: GraphModule) -> GraphModule:
+    """Copy a graph; its attributes are shared."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph)
+
+
 def finish(module: GraphModule) -> GraphModule:
     """Check and recompile a graph after it was changed."""
     module.graph.lint()

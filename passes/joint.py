@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +61,39 @@ def trace_joint(module: GraphModule, roles: Roles, *, seeded: bool) -> GraphModu
     Returns:
         The simplified joint graph. A gradient that eager leaves at None is None here; one that eager fills with zeros is zeros.
     """
-    wanted = set(roles.wanted)
-    examples = example_inputs(module)
     like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
-    cotangents = [torch.empty_like(value) for value in like] if seeded else []
+    return trace_step(
+        lambda inputs: Interpreter(module).run(*inputs),
+        example_inputs(module),
+        roles,
+        leaves=roles.wanted,
+        cotangents=[torch.empty_like(value) for value in like] if seeded else [],
+    )
 
-    def gradients(outputs: list[Tensor], inputs: list[Any], given: Sequence[Tensor]) -> list[Any]:
+
+def trace_step(
+    run: Callable[[list[Any]], Sequence[Any]],
+    examples: Sequence[Any],
+    roles: Roles,
+    *,
+    leaves: Sequence[int],
+    cotangents: Sequence[Tensor],
+) -> GraphModule:
+    """Trace any function ``inputs → (*outputs, *updates)`` with its gradients.
+
+    Args:
+        run: Computes outputs and updates from a list of inputs under autograd.
+        examples: Fake inputs, constants to autograd.
+        roles: What inputs and outputs are.
+        leaves: Positions of the inputs that require grad when ``run`` starts.
+        cotangents: Fake cotangents of the differentiable outputs; none for a scalar whose cotangent is 1.
+    """
+    reached = [i for i in roles.wanted if i not in roles.unreached]
+
+    def gradients(outputs: Sequence[Any], inputs: list[Any], given: Sequence[Tensor]) -> list[Any]:
         ends = [outputs[i] for i in roles.differentiable]
-        seeds = list(given) if seeded else [torch.ones_like(ends[0])]
+        seeds = list(given) if cotangents else [torch.ones_like(u) for u in ends]
         live = [(u, c) for u, c in zip(ends, seeds, strict=True) if u.requires_grad]
-        reached = [i for i in roles.wanted if i not in roles.unreached]
         found: Sequence[Any] = [None] * len(reached)
         if live and reached:
             found = torch.autograd.grad(
@@ -83,18 +106,16 @@ def trace_joint(module: GraphModule, roles: Roles, *, seeded: bool) -> GraphModu
         by_input = dict(zip(reached, found, strict=True))
         return [by_input.get(i) for i in roles.wanted]
 
-    mode = fake_mode_of(examples)
-
     def step(*values: Any) -> tuple[list[Any], list[Any], list[Any]]:
         inputs, given = list(values[: len(examples)]), values[len(examples) :]
         with torch.enable_grad():
-            for i in wanted:
+            for i in leaves:
                 inputs[i] = inputs[i].detach().requires_grad_()
-            out = Interpreter(module).run(*inputs)
+            out = run(inputs)
             grads = gradients(out, inputs, given)
         return list(out[: roles.n_outputs]), list(out[roles.n_outputs :]), grads
 
-    joint = trace(step, [*examples, *cotangents], mode, functional=False)
+    joint = trace(step, [*examples, *cotangents], fake_mode_of(examples), functional=False)
     _finish(joint)
     return joint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ from passes.graph import (
 )
 from passes.markers import GRADIENT, LEAF, POINT, STOP
 from passes.order import sort_nodes
+
+
+_TORCH = os.path.dirname(torch.__file__)
 
 
 class NotNested(Exception):
@@ -254,15 +258,16 @@ def _nested_order(inside: set[Node]) -> int:
 
 
 def _where(node: Node) -> str:
-    """Return ``file:line: code`` of the innermost frame of the user's code that made this node."""
-    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    for index in range(len(frames) - 1, -1, -1):
-        line = frames[index].strip()
-        if line.startswith("File "):
-            code = frames[index + 1].strip() if index + 1 < len(frames) else ""
-            path, _, rest = line.removeprefix('File "').partition('", line ')
-            return f"{path}:{rest.split(',')[0]}: {code}"
-    return "?"
+    """Return ``file:line: code`` of the innermost frame, outside of torch, that made this node."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    found = "?"
+    for line, code in zip(lines, [*lines[1:], ""], strict=True):
+        if not line.startswith("File "):
+            continue
+        path, _, rest = line.removeprefix('File "').partition('", line ')
+        if found == "?" or not path.startswith(_TORCH):
+            found = f"{path}:{rest.split(',')[0]}: {code}"
+    return found
 
 
 def _replace_with_zeros(graph: Graph, mark: Node) -> None:
@@ -294,6 +299,18 @@ def _dissolve_marks(module: GraphModule) -> None:
 def sites(module: GraphModule) -> list[Node]:
     """Return the derivative nodes of a graph, not those inside bodies."""
     return [node for node in module.graph.nodes if "site" in node.meta]
+
+
+def all_sites(module: GraphModule, nodes: list[Node]) -> list[Site]:
+    """Return the records of derivative nodes and of all derivatives inside their bodies, inner ones first, each once."""
+    found: dict[str, Site] = {}
+    for node in nodes:
+        if node.target is derivative.gradient:
+            body = body_of(module, node)
+            found |= {site.name: site for site in all_sites(body, sites(body))}
+        site = node.meta["site"]
+        found[site.name] = site
+    return list(found.values())
 
 
 def body_of(module: GraphModule, node: Node) -> GraphModule:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from passes.graph import value_of
+from passes.graph import placeholders, value_of
 
 # Views move no bytes.
 _VIEWS = {
@@ -78,6 +78,26 @@ def price(module: GraphModule) -> Price:
             moved += sum((_size_in_bytes(value_of(read)) for read in node.all_input_nodes), start=0)
             moved += sum((_size_in_bytes(v) for v in tree_leaves(value_of(node))), start=0)
     return Price(sympy.sympify(flops), sympy.sympify(moved))
+
+
+def size_hints(module: GraphModule) -> dict[sympy.Symbol, int]:
+    """Return the sizes a graph with symbolic sizes was captured at."""
+    hints: dict[sympy.Symbol, int] = {}
+    for node in placeholders(module.graph):
+        value: Any = value_of(node)
+        sizes = [value] if not hasattr(value, "shape") else [*value.shape, *value.stride()]
+        for size in sizes:
+            symbolic = getattr(size, "node", None)
+            if symbolic is not None:
+                for symbol in symbolic.expr.free_symbols:
+                    hints[symbol] = _hint(symbolic.shape_env, symbol)
+    return hints
+
+
+def _hint(shape_env: Any, symbol: sympy.Symbol) -> int:
+    """Return the size behind a symbol; the accessor was renamed between torch 2.11 and 2.13."""
+    read = getattr(shape_env, "guarding_hint_or_throw", None) or shape_env.size_hint
+    return int(read(symbol))
 
 
 class FlopCounter(TorchDispatchMode):

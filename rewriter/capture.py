@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.variables.builder import wrap_fx_proxy
-from torch._dynamo.variables.builtin import BuiltinVariable
+from torch._dynamo.variables import builtin as dynamo_builtins
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
@@ -28,7 +30,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch.fx import Node
 
-from rewriter.errors import CaptureError
+from rewriter.errors import CaptureError, NotRewritten, OptionError
 
 _lock = threading.RLock()
 
@@ -91,6 +93,14 @@ def _setattr_on_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _setattr_of_dynamo() -> tuple[Any, str]:
+    """Return where Dynamo handles `setattr`; it moved between torch 2.11 and 2.13."""
+    owner = getattr(dynamo_builtins, "SetAttrBuiltinVariable", None)
+    if owner is not None:
+        return owner, "_call_setattr"
+    return dynamo_builtins.BuiltinVariable, "call_setattr"
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     old = getattr(owner, name)
@@ -105,14 +115,13 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def capturing() -> Iterator[None]:
     """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block."""
     handlers = TorchInGraphFunctionVariable._get_handlers()
-    settings = {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
+    settings: dict[str, Any] = {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
     with _lock, contextlib.ExitStack() as stack:
-        stack.enter_context(dynamo_config.patch(**settings, recompile_limit=64))
+        settings |= {"recompile_limit": 64, "reorderable_logging_functions": {print, warnings.warn}}
+        stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
-        call = "_call_setattr" if hasattr(BuiltinVariable, "_call_setattr") else "call_setattr"
-        stack.enter_context(
-            _replaced(BuiltinVariable, call, _setattr_on_tensor(getattr(BuiltinVariable, call)))
-        )
+        owner, name = _setattr_of_dynamo()
+        stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         old = handlers.get(torch.autograd.grad)
         handlers[torch.autograd.grad] = _handle_autograd_grad
         try:
@@ -132,16 +141,28 @@ def compile_function(
 
 
 def as_capture_error(error: BaseException) -> CaptureError | None:
-    """Return what stood in the way of a capture, in words; None if the error is not about capture."""
+    """Return what stood in the way of a capture, in words; None if the error is not about capture.
+
+    Raises:
+        OptionError, NotRewritten: What our backend told Dynamo about the user's wishes.
+    """
     inner = getattr(error, "inner_exception", None) or error.__cause__
-    if isinstance(error, CaptureError):
-        return error
-    if isinstance(inner, CaptureError):
-        return inner
+    for found in (error, inner):
+        if isinstance(found, CaptureError):
+            return found
+    if isinstance(inner, (OptionError, NotRewritten)):
+        raise inner from None
+    if isinstance(error, dynamo_errors.BackendCompilerFailed):
+        return CaptureError(f"internal error in optimize_nested: {inner!r}", _innermost(inner))
     if isinstance(error, DYNAMO_ERRORS):
         text = [line.strip() for line in str(error).splitlines() if line.strip()]
         return CaptureError(text[0] if text else type(error).__name__, _user_line(error, text))
     return None
+
+
+def _innermost(error: BaseException | None) -> str:
+    frames = traceback.extract_tb(getattr(error, "__traceback__", None))
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
 
 
 def _user_line(error: BaseException, text: list[str]) -> str:

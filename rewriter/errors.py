@@ -20,6 +20,10 @@ class CaptureError(OptimizeNestedError):
         self.reason, self.where = reason, where
 
 
+class OptionError(OptimizeNestedError, ValueError):
+    """An option asks for something that this loss does not have."""
+
+
 class NotRewritten(OptimizeNestedError):
     """`strict=True`, and a derivative would be left as written."""
 

@@ -113,6 +113,7 @@ class _Marking(Interpreter):
             torch._C._autograd._saved_tensors_hooks_disable: lambda message: None,
             torch._C._autograd._saved_tensors_hooks_enable: lambda: None,
             torch._C._set_grad_enabled: self._set_grad_enabled,
+            torch.nn.functional.batch_norm: self._batch_norm,
             predispatch._vmap_increment_nesting: self._enter_vmap,
             predispatch._vmap_decrement_nesting: self._leave_vmap,
             predispatch._add_batch_dim: self._add_batch_dim,
@@ -171,6 +172,29 @@ class _Marking(Interpreter):
 
     def _set_grad_enabled(self, enabled: bool) -> None:
         self.grad_enabled = enabled
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Normalise; in train mode write the running statistics as a step of its own, so that it becomes functional."""
+        if not training or running_mean is None or running_var is None:
+            return torch.nn.functional.batch_norm(
+                x, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        normal, _, _, mean, var = aten._native_batch_norm_legit_functional(
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        running_mean.copy_(stop_mark(mean))
+        running_var.copy_(stop_mark(var))
+        return normal
 
     # transforms
 

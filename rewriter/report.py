@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import sympy
 from torch.fx import GraphModule
 
+from passes.nest import Site
 from passes.graph import describe, placeholders, value_of
-from passes.price import price
-from rewriter.rewrite import Candidate, Rewritten, Stage, size_hints
+from passes.price import size_hints
+from rewriter.choose import AS_WRITTEN, REVERSE, Candidate
+from rewriter.rewrite import Rewritten, Stage
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ class Report:
             lines.append("candidates")
             for candidate in self.candidates:
                 names = ", ".join(sorted(set(candidate.strategies.values()))) or "no site"
-                flops, moved = candidate.price.at(size_hints(self.graph))
-                lines.append(f"  {names}: {_si(flops)}FLOP, {_si(moved)}B moved")
+                lines.append(
+                    f"  {names}: {_si(candidate.flops)}FLOP, {_si(candidate.bytes_moved)}B moved"
+                )
         lines.append("stages")
         for stage in self.stages:
             nodes = len(stage.module.graph.nodes)
@@ -98,40 +101,38 @@ class Report:
 
 def make_report(rewritten: Rewritten) -> Report:
     """Build the report of a rewritten loss."""
-    assert rewritten.joint is not None
-    cost = price(rewritten.joint)
+    taken = rewritten.choice.taken
     hints = size_hints(rewritten.joint)
-    flops, moved = cost.at(hints)
     return Report(
-        sites=tuple(_site_report(rewritten, i) for i in range(len(rewritten.sites))),
-        stages=tuple(rewritten.stages),
-        candidates=tuple(rewritten.candidates),
-        flops=flops,
+        sites=tuple(_site_report(rewritten, site) for site in rewritten.sites),
+        stages=rewritten.stages,
+        candidates=rewritten.choice.candidates,
+        flops=taken.flops,
         flops_as_written=int(rewritten.as_written.flops.subs(hints)),
-        flops_formula=cost.flops,
-        bytes_moved=moved,
+        flops_formula=taken.price.flops,
+        bytes_moved=taken.bytes_moved,
         graph=rewritten.joint,
     )
 
 
-def _site_report(rewritten: Rewritten, index: int) -> SiteReport:
-    site = rewritten.sites[index]
-    strategy = rewritten.chosen[site.name]
-    refusal = rewritten.refusals.get((site.name, "jvp_over_gradient"))
-    if strategy != "reverse":
-        reason = "cheapest in FLOPs, or first among equals"
-    elif refusal is not None:
-        reason = f"jvp_over_gradient refused: {refusal}"
-    elif len(rewritten.candidates) == 1:
+def _site_report(rewritten: Rewritten, site: Site) -> SiteReport:
+    choice = rewritten.choice
+    strategy = choice.taken.strategies[site.name]
+    refused = [f"{s} refused: {r}" for (name, s), r in choice.refusals.items() if name == site.name]
+    if strategy == AS_WRITTEN:
+        reason = "every rewritten form costs more FLOPs than what is written"
+    elif refused:
+        reason = "; ".join(refused)
+    elif len(choice.candidates) == 1:
         reason = "asked for"
     else:
-        reason = "cheaper in FLOPs than jvp_over_gradient"
+        reason = "fewest FLOPs, or first among equals"
     return SiteReport(
         name=site.name,
         where=site.where,
         operator=site.operator,
         order=site.order,
-        status="as written" if refusal is not None and strategy == "reverse" else "rewritten",
+        status="as written" if strategy in (REVERSE, AS_WRITTEN) else "rewritten",
         strategy=strategy,
         reason=reason,
     )

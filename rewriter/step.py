@@ -35,7 +35,6 @@ class Step:
         roles = rewritten.roles
         self.roles = roles
         self.n_early = roles.n_outputs + len(roles.updated)
-        assert rewritten.joint is not None
         self.is_random = any(is_random(node) for node in rewritten.joint.graph.nodes)
         self.halves: Linearization | None = None
         if rewritten.seeded and roles.differentiable:
@@ -53,9 +52,8 @@ class Step:
     def prepare(self) -> Step:
         """Compile what every call needs; return self."""
         if self.roles.differentiable:
-            whole = self.rewritten.joint
-            assert whole is not None
-            self._forward = self._compile(self.halves.primal if self.halves else whole)
+            whole = self.halves.primal if self.halves else self.rewritten.joint
+            self._forward = self._compile(whole)
         return self
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
@@ -216,7 +214,6 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
 def _reads_updated_state(step: Step) -> bool:
     """Whether an output or a gradient depends on the old value of an input that the loss writes to."""
     joint = step.rewritten.joint
-    assert joint is not None
     found = results(joint.graph)
     read = needs(
         node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
@@ -17,13 +18,19 @@ class Strategy(ABC):
     name: str
 
     @abstractmethod
-    def build(self, module: GraphModule, node: Node, active: set[Node]) -> None:
-        """Put a derivative node into this strategy's form, in place.
+    def build(
+        self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Put a derivative node, and those inside its body, into this strategy's form, in place.
 
         Args:
             module: The derivative graph that holds the node.
             node: A node that calls `passes.derivative.gradient`.
             active: The nodes of that graph that carry a gradient from outside.
+            wish: Site name → strategy, for the sites inside the body.
+
+        Returns:
+            Site name → strategy taken, for this site and those inside its body.
 
         Raises:
             Refused: The strategy does not apply; the graph is unchanged.

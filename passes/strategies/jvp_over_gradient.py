@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
-from passes.graph import is_float, placeholders, value_of
+from passes.graph import copy_graph, is_float, placeholders, value_of
 from passes.linearize import linearize
-from passes.nest import active_nodes, body_of, sites
+from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.simplify import simplify
 from passes.strategies.base import Refused, Strategy
 from passes.tangent_rules import NoRule
@@ -42,7 +43,9 @@ class JvpOverGradient(Strategy):
 
     name = "jvp_over_gradient"
 
-    def build(self, module: GraphModule, node: Node, active: set[Node]) -> None:
+    def build(
+        self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
+    ) -> dict[str, str]:
         """Replace ``gradient(body, …)`` by ``jvp_over_gradient(P, T, …)``."""
         _, n_points, n_outputs, seed_dims, *inputs = node.args
         if seed_dims:
@@ -56,19 +59,22 @@ class JvpOverGradient(Strategy):
         if any(value_of(n).is_complex() for n in parts.inputs if isinstance(value_of(n), Tensor)):
             raise Refused("complex tensors: the symmetry of the Hessian is not proven")
         used = sorted({item.args[1] for item in node.users})
-        body = self._inner_sites_built(body_of(module, node), parts, active)
+        name = node.meta["site"].name
+        body, taken = self._inner_sites_built(body_of(module, node), parts, active, wish)
         try:
             self._replace(module, node, body, parts, active, used)
         except NoRule as error:
             raise Refused(f"no forward-mode rule for {error}") from error
+        return {**taken, name: self.name}
 
     def _inner_sites_built(
-        self, body: GraphModule, parts: _Parts, active: set[Node]
-    ) -> GraphModule:
+        self, body: GraphModule, parts: _Parts, active: set[Node], wish: Mapping[str, str]
+    ) -> tuple[GraphModule, dict[str, str]]:
         """Return the body with the derivatives inside it in this form too, where they accept it."""
-        if not sites(body):
-            return body
-        body = GraphModule(body, _copied(body))
+        taken = {site.name: "reverse" for site in all_sites(body, sites(body))}
+        if not taken:
+            return body, taken
+        body = copy_graph(body)
         inputs = placeholders(body.graph)
         moving = {
             inner
@@ -77,12 +83,14 @@ class JvpOverGradient(Strategy):
         }
         inside = active_nodes(body.graph, moving)
         for inner in sites(body):
+            if wish.get(inner.meta["site"].name) != self.name:
+                continue
             try:
-                self.build(body, inner, inside)
+                taken |= self.build(body, inner, inside, wish)
             except Refused:
                 continue  # reverse mode inside is as exact
         body.recompile()
-        return body
+        return body, taken
 
     def _replace(
         self,
@@ -176,13 +184,6 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Te
 def _example(read: Any) -> Any:
     value = value_of(read)
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _copied(module: GraphModule) -> torch.fx.Graph:
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
-    return graph
 
 
 def is_float_value(node: Node, index: int) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch.fx import GraphModule, Node
 
+from passes.nest import all_sites
 from passes.strategies.base import Strategy
 
 
@@ -12,5 +15,8 @@ class Reverse(Strategy):
 
     name = "reverse"
 
-    def build(self, module: GraphModule, node: Node, active: set[Node]) -> None:
+    def build(
+        self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
+    ) -> dict[str, str]:
         """Change nothing: `passes.derivative.gradient` means reverse mode."""
+        return {site.name: self.name for site in all_sites(module, [node])}
