@@ -1,14 +1,15 @@
-"""Solve the viscous Burgers equation with a physics-informed network; see what its derivatives cost.
+"""Solve the viscous Burgers equation with a physics-informed network; see what it costs.
 
     u_t + u u_x - ν u_xx = 0,  x in [-1, 1], t in [0, 1],  u(x, 0) = -sin(πx),  u(±1, t) = 0
 
 with ν = 0.01/π. Run `python examples/burgers.py --quick` (about two minutes on two cores), or leave
 out `--quick` for a long training. You will see the report on the loss, the training, the error
-against the exact Cole–Hopf solution, and a table with the time per step of the loss as written, under
-torch.compile, and under optimize_nested. The picture `burgers.png` shows the solution, its error and
-the loss curve.
+against the exact Cole–Hopf solution, and a table with the time per step of the loss as written,
+under torch.compile, and under optimize_nested. The picture `burgers.png` shows the solution, its
+error and the loss curve.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,8 @@ def loss(net: nn.Module, points: Tensor, data_points: Tensor, data_values: Tenso
 
 def make_network(width: int = 20, depth: int = 8) -> nn.Sequential:
     """Build the network (batch, 2) → (batch, 1) with `depth` hidden tanh layers."""
-    sizes = [2] + [width] * depth
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    hidden = [layer for size, wide in pairs for layer in (nn.Linear(size, wide), nn.Tanh())]
+    sizes = itertools.pairwise([2] + [width] * depth)
+    hidden = [layer for size in sizes for layer in (nn.Linear(*size), nn.Tanh())]
     return nn.Sequential(*hidden, nn.Linear(width, 1))
 
 
@@ -138,7 +138,9 @@ def train(
             value = objective(net, *data)
             value.backward()
             history.append(value.item())
-            progress.update(task, completed=len(history), status=f"loss {history[-1]:.2e}")
+            progress.update(
+                task, completed=min(len(history), steps), status=f"loss {history[-1]:.2e}"
+            )
             return value
 
         if method == "adam":
@@ -216,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = fast.explain(net, *data)
     console.print(str(report), markup=False, highlight=False)
 
-    shares = {"adam": 1 / 6, "lbfgs": 5 / 6} if options.optimizer == "both" else {options.optimizer: 1}
+    shares = (
+        {"adam": 1 / 6, "lbfgs": 5 / 6} if options.optimizer == "both" else {options.optimizer: 1}
+    )
     histories = {
         method: train(net, fast, data, method, math.ceil(share * steps))
         for method, share in shares.items()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,10 +44,12 @@ class Contender:
         return time.perf_counter() - start
 
     def first_step(self, *arguments: object) -> None:
-        """Take the step that compiles, and time it; a compiler that fails leaves its refusal."""
+        """Take the step that compiles; keep its time and gradients, or the compiler's refusal."""
         try:
             with console.status(f"first step: {self.name}"):
                 self.first_seconds = self.step(arguments)
+            grads = [tensor.grad.flatten() for tensor in self.inputs if tensor.grad is not None]
+            self.gradients = torch.cat(grads)
         # Whatever a compiler raises is a result: the table has the reason in place of the time.
         except Exception as error:
             reason = str(error).strip() or "no reason given"
@@ -69,7 +72,7 @@ def compiled_as_written(loss: Loss, inputs: Iterable[torch.Tensor], backend: str
         with torch._dynamo.config.patch(trace_autograd_ops=True):
             return compiled(*arguments)
 
-    return Contender("torch.compile (trace_autograd_ops)", call, inputs)
+    return Contender("torch.compile\n(trace_autograd_ops)", call, inputs)
 
 
 def optimized(loss: Loss, inputs: Iterable[torch.Tensor]) -> Contender:
@@ -78,25 +81,23 @@ def optimized(loss: Loss, inputs: Iterable[torch.Tensor]) -> Contender:
 
 
 def measure(contenders: list[Contender], *arguments: object, rounds: int, warm_up: int = 3) -> None:
-    """Let the contenders take turns: `rounds` timed steps each, after `warm_up` untimed ones.
-
-    All evaluate the same loss at the same arguments, so their gradients can be compared afterwards.
-    """
+    """Let the contenders take turns: `rounds` timed steps each, after `warm_up` untimed ones."""
     racing = [contender for contender in contenders if not contender.refusal]
     for turn in range(warm_up + rounds):
         for contender in racing:
             seconds = contender.step(arguments)
             if turn >= warm_up:
                 contender.seconds.append(seconds)
-            else:
-                grads = [t.grad.flatten() for t in contender.inputs if t.grad is not None]
-                contender.gradients = torch.cat(grads)
 
 
 def print_comparison(title: str, contenders: list[Contender]) -> None:
-    """Print the measured contenders beside the first one, and the reason of each that failed."""
-    table = Table(title=title, caption="loss + backward, no optimizer; matmul and convolution FLOPs")
-    table.add_column("", min_width=15)
+    """Print the measured contenders beside the first one, and the reason of each that failed.
+
+    The last column is the relative distance of the gradients of the first step from eager's.
+    """
+    caption = "A step is loss + backward, no optimizer. FLOPs: matmul and convolution."
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     headings = ("min ms", "median ms", "speed-up", "first s", "GFLOPs", "|Δ grad|")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -119,7 +120,8 @@ def print_comparison(title: str, contenders: list[Contender]) -> None:
     console.print(table)
     for contender in contenders:
         if contender.refusal:
-            console.print(f"{contender.name} did not compile: {contender.refusal}", markup=False)
+            name = contender.name.replace("\n", " ")
+            console.print(f"{name} did not compile: {contender.refusal}", markup=False)
 
 
 def progress_bar() -> Progress:

@@ -1,4 +1,4 @@
-"""Which operators are taken apart while a graph is traced.
+"""Which operators are taken apart while a graph is traced: next to none before autograd has seen them, most after.
 
 Backward operators become plain arithmetic, because most of them have no forward-mode rule; norms become sums, because their
 backward operators hide what can be shared. Operators that `passes.tangent_rules` differentiates as they are stay whole.
@@ -27,14 +27,17 @@ _NORMS = (
     aten._batch_norm_with_update_functional,
     aten._batch_norm_no_update,
     aten.batch_norm_backward,
-    aten.linalg_vector_norm,
-    aten.max_pool2d_with_indices_backward,
 )
 
 
 def _is_dense(x: Tensor) -> bool:
     """Whether a tensor made like ``x`` has the strides of ``x``."""
-    return torch._prims_common.is_non_overlapping_and_dense(x)
+    expected = 1
+    for dim in sorted(range(x.dim()), key=x.stride):
+        if x.shape[dim] != 1 and x.stride(dim) != expected:
+            return False
+        expected *= x.shape[dim]
+    return True
 
 
 def _draw_like(name: str) -> Callable[..., Any]:
@@ -67,29 +70,62 @@ def _empty_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
 
 
-def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    """Draw the mask as eager's composite dropout does."""
-    if not train or p == 0:
-        return x.clone(), torch.ones(x.shape, dtype=torch.bool, device=x.device)
-    if p == 1:
-        return torch.zeros_like(x), torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-    kept = torch.bernoulli(_empty_like(x), 1 - p)
-    return x * (kept / (1 - p)), kept.to(torch.bool)
+def scaled_mask(x: Tensor, p: float) -> Tensor:
+    """Draw dropout's mask for ``x``, already divided by ``1 - p``, as eager draws it: one number per element in memory order."""
+    order = list(range(x.dim()))
+    if not x.is_contiguous() and _is_dense(x):
+        order.sort(key=lambda d: -x.stride(d))
+    shape = [x.shape[d] for d in order]
+    if x.device.type == "cpu":
+        kept = torch.bernoulli(torch.empty(shape, dtype=x.dtype, device=x.device), 1 - p)
+        mask = kept / (1 - p)
+    else:
+        mask, _ = torch.native_dropout(torch.ones(shape, dtype=x.dtype, device=x.device), p, True)
+    back = [order.index(d) for d in range(x.dim())]
+    return mask.permute(back)
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Do what `torch.nn.functional.dropout` does, with a draw that does not seem to depend on the value of ``x``."""
+    if not training or p in (0, 1):
+        return torch.nn.functional.dropout(x, p, training, inplace)
+    mask = scaled_mask(x, p)
+    return x.mul_(mask) if inplace else x * mask
+
+
+_DRAWS: dict[Any, Callable[..., Any]] = {
+    aten.rand_like.default: _draw_like("rand"),
+    aten.randn_like.default: _draw_like("randn"),
+    aten.full_like.default: _full_like,
+    aten.zeros_like.default: lambda x, **options: _full_like(x, 0, **options),
+    aten.ones_like.default: lambda x, **options: _full_like(x, 1, **options),
+    aten.empty_like.default: _empty_like,
+}
+
+
+@functools.cache
+def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
+    """Return the table for graphs that autograd still has to differentiate.
+
+    Other operators stay whole: one that was taken apart would be differentiated by its parts, and at the points where it has no
+    derivative (the norm of zero) their convention is not the operator's. Normalisation is smooth, and taken apart because
+    PyTorch's own third derivative of `layer_norm` and `batch_norm` is wrong: their double backward formulas are differentiated
+    with the saved mean and deviation as constants.
+    """
+    return _DRAWS | get_decompositions(_NORMS)
 
 
 @functools.cache
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """Return the table used by every trace."""
+    """Return the table for what autograd has recorded."""
     table: dict[Any, Any] = dict(core_aten_decompositions())
     table.update(get_decompositions(_NORMS))
-    table.pop(aten.max_pool2d_with_indices_backward.default, None)
-    # As an alias it would be lost; in what a user wrote it stops gradients.
-    table.pop(aten.detach.default, None)
-    table[aten.rand_like.default] = _draw_like("rand")
-    table[aten.randn_like.default] = _draw_like("randn")
-    table[aten.full_like.default] = _full_like
-    table[aten.zeros_like.default] = lambda x, **k: _full_like(x, 0, **k)
-    table[aten.ones_like.default] = lambda x, **k: _full_like(x, 1, **k)
-    table[aten.empty_like.default] = _empty_like
-    table[aten.native_dropout.default] = _dropout
+    table.update(_DRAWS)
+    for kept in (
+        aten.max_pool2d_with_indices_backward.default,
+        aten.linalg_vector_norm.default,
+        # As an alias it would be lost; in what a user wrote it stops gradients.
+        aten.detach.default,
+    ):
+        table.pop(kept, None)
     return table

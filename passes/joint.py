@@ -44,7 +44,7 @@ def trace_value(module: GraphModule) -> GraphModule:
         with torch.no_grad():
             return list(Interpreter(module).run(*values))
 
-    joint = trace(step, examples, fake_mode_of(examples), functional=False)
+    joint = trace(step, examples, fake_mode_of(examples))
     _finish(joint)
     return joint
 
@@ -115,7 +115,7 @@ def trace_step(
             grads = gradients(out, inputs, given)
         return list(out[: roles.n_outputs]), list(out[roles.n_outputs :]), grads
 
-    joint = trace(step, [*examples, *cotangents], fake_mode_of(examples), functional=False)
+    joint = trace(step, [*examples, *cotangents], fake_mode_of(examples))
     _finish(joint)
     return joint
 

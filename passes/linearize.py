@@ -127,7 +127,7 @@ def linearize(
             values_out, tangents_out = push_forward(module, primals, tangents)
         return [values_out[i] for i in kept], [tangents_out[i] for i in wanted]
 
-    whole = trace(both, [*taken, *directions], mode, functional=False)
+    whole = trace(both, [*taken, *directions], mode)
     flatten_output(whole.graph)
     simplify(whole)
     return split(whole, placeholders(whole.graph)[len(taken) :], len(kept))

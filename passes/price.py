@@ -17,7 +17,7 @@ from passes.graph import placeholders, value_of
 
 # Views move no bytes.
 _VIEWS = {
-    torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default,
+    torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default,
     torch.ops.aten.permute.default, torch.ops.aten.t.default, torch.ops.aten.unsqueeze.default,
     torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims, torch.ops.aten.select.int,
     torch.ops.aten.slice.Tensor, torch.ops.aten.transpose.int, torch.ops.aten.detach.default,

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from passes.decompositions import decompositions
+from passes.decompositions import before_autograd, decompositions
 from passes.graph import value_of
 
 
@@ -28,7 +28,7 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
 
 
 def trace(
-    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode, *, functional: bool
+    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode
 ) -> GraphModule:
     """Record what ``function(*inputs)`` computes, as ATen operators without in-place writes.
 
@@ -36,12 +36,9 @@ def trace(
         function: Takes and returns tensors and symbolic sizes.
         inputs: Fake tensors and symbolic sizes, the graph's inputs; they are not changed.
         mode: The mode of the fake tensors.
-        functional: Whether ``function`` itself may write in place (then writes to inputs become ``copy_`` at the graph's end).
     """
-    traced = torch.func.functionalize(function, remove="mutations") if functional else function
-    with mode, enable_python_dispatcher(), preserve_node_meta(), sdpa_kernel(SDPBackend.MATH):
-        module = make_fx(traced, decomposition_table=decompositions())(*inputs)
-    if not functional and any(_writes(node.target) for node in module.graph.nodes):
+    module = _record(function, inputs, mode, decompositions())
+    if any(_writes(node.target) for node in module.graph.nodes):
         detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
         plain = module.forward
 
@@ -49,7 +46,33 @@ def trace(
             with torch.no_grad():
                 return plain(*values)
 
-        return trace(again, detached, mode, functional=True)
+        return _record(_without_writes(again), detached, mode, decompositions())
+    return module
+
+
+def trace_before_autograd(
+    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode
+) -> GraphModule:
+    """Record what ``function(*inputs)`` computes, to be differentiated later: operators stay whole.
+
+    The function may write in place; writes to inputs become ``copy_`` at the graph's end.
+    """
+    return _record(_without_writes(function), inputs, mode, before_autograd())
+
+
+def _without_writes(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.func.functionalize(function, remove="mutations")
+
+
+def _record(
+    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode, table: Any
+) -> GraphModule:
+    with mode, enable_python_dispatcher(), preserve_node_meta(), sdpa_kernel(SDPBackend.MATH):
+        module = make_fx(function, decomposition_table=table)(*inputs)
+    # A view is right for the strides seen here; what runs later on the graph may bring others.
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    module.recompile()
     return module
 
 

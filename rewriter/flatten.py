@@ -12,10 +12,11 @@ from torch import Tensor
 from torch._functorch import eager_transforms, predispatch
 from torch.fx import GraphModule, Interpreter, Node
 
+from passes.decompositions import dropout
 from passes.graph import placeholders, results
 from passes.linearize import flatten_output
 from passes.markers import STOP, gradient_mark, leaf_mark, point_mark, stop_mark
-from passes.tracing import fake_mode_of, trace
+from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of, set_requires_grad
 from rewriter.errors import CaptureError
 
@@ -57,7 +58,7 @@ def flatten(captured: GraphModule) -> Flat:
         with torch.no_grad():
             return marking.run(*values, enable_io_processing=False)
 
-    module = trace(run, constants, fake_mode_of(examples), functional=True)
+    module = trace_before_autograd(run, constants, fake_mode_of(examples))
     flatten_output(module.graph)
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.target = STOP
@@ -114,6 +115,7 @@ class _Marking(Interpreter):
             torch._C._autograd._saved_tensors_hooks_enable: lambda: None,
             torch._C._set_grad_enabled: self._set_grad_enabled,
             torch.nn.functional.batch_norm: self._batch_norm,
+            torch.nn.functional.dropout: dropout,
             predispatch._vmap_increment_nesting: self._enter_vmap,
             predispatch._vmap_decrement_nesting: self._leave_vmap,
             predispatch._add_batch_dim: self._add_batch_dim,

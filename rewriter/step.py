@@ -99,7 +99,7 @@ class Step:
         assert self.halves is not None
         if self._backward is None:
             self._backward = self._compile(self.halves.tangent)
-        return self._backward(*residuals, *cotangents)
+        return self._backward(*residuals, *(c.contiguous() for c in cotangents))
 
 
 def _own(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:

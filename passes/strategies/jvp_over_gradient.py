@@ -167,7 +167,7 @@ class JvpOverGradient(Strategy):
                 grads = _gradients(pairs, at)
             return (*grads[:n_points], *results, *grads[n_points:])
 
-        graph = trace(gradient, [*examples, *zeros], mode, functional=False)
+        graph = trace(gradient, [*examples, *zeros], mode)
         simplify(graph)
         return graph
 
