@@ -93,6 +93,13 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     return x.mul_(mask) if inplace else x * mask
 
 
+def _native_dropout(x: Tensor, p: float, train: bool | None) -> Any:
+    if x.device.type != "cpu" or not train or p in (0, 1):
+        return NotImplemented
+    mask = scaled_mask(x, p)
+    return x * mask, mask != 0
+
+
 _DRAWS: dict[Any, Callable[..., Any]] = {
     aten.rand_like.default: _draw_like("rand"),
     aten.randn_like.default: _draw_like("randn"),
@@ -100,6 +107,7 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
     aten.zeros_like.default: lambda x, **options: _full_like(x, 0, **options),
     aten.ones_like.default: lambda x, **options: _full_like(x, 1, **options),
     aten.empty_like.default: _empty_like,
+    aten.native_dropout.default: _native_dropout,
 }
 
 
