@@ -151,10 +151,14 @@ def train(
                 schedule.step()
             return history
         # One call of step is the whole minimisation, however small the steps get.
-        tolerances = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
-        limits = {"max_iter": steps, "max_eval": steps, "history_size": 50}
         optimizer = torch.optim.LBFGS(
-            net.parameters(), **limits, **tolerances, line_search_fn="strong_wolfe"
+            net.parameters(),
+            max_iter=steps,
+            max_eval=steps,
+            history_size=50,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
         )
         optimizer.step(closure)
     return history
@@ -212,11 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiled = side_by_side.compiled_as_written(loss.as_written, inputs, options.backend)
     ours = side_by_side.optimized(fast, inputs)
     contenders = [eager, compiled, ours]
-    # Ours compiles first, so what the two compilers share (imports, workers) counts against ours.
-    for contender in (eager, ours, compiled):
-        contender.first_step(net, *data)
+    side_by_side.take_first_steps(contenders, net, *data, backend=options.backend)
     report = fast.explain(net, *data)
-    console.print(str(report), markup=False, highlight=False)
+    print(report)
 
     shares = (
         {"adam": 1 / 6, "lbfgs": 5 / 6} if options.optimizer == "both" else {options.optimizer: 1}

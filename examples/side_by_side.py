@@ -5,9 +5,12 @@ A step is the loss and its backward pass, without the optimizer. The ways take t
 """
 
 import argparse
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from unittest.mock import patch
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -80,6 +83,20 @@ def optimized(loss: Loss, inputs: Iterable[torch.Tensor]) -> Contender:
     return Contender("optimize_nested", loss, inputs)
 
 
+def take_first_steps(contenders: list[Contender], *arguments: object, backend: str) -> None:
+    """Let each contender take its first step with nothing compiled before, as on a new machine.
+
+    PyTorch keeps compiled code on disk, so the cache is an empty folder meanwhile. A function of no
+    interest is compiled first: imports and compiler processes are not any contender's time.
+    """
+    empty = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with empty as folder, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+        with console.status("starting the compiler"):
+            torch.compile(lambda x: (x @ x).sin(), backend=backend)(torch.ones(4, 4))
+        for contender in contenders:
+            contender.first_step(*arguments)
+
+
 def measure(contenders: list[Contender], *arguments: object, rounds: int, warm_up: int = 3) -> None:
     """Let the contenders take turns: `rounds` timed steps each, after `warm_up` untimed ones."""
     racing = [contender for contender in contenders if not contender.refusal]
@@ -98,7 +115,7 @@ def print_comparison(title: str, contenders: list[Contender]) -> None:
     caption = "A step is loss + backward, no optimizer. FLOPs: matmul and convolution."
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    headings = ("min ms", "median ms", "speed-up", "first s", "GFLOPs", "|Δ grad|")
+    headings = ("min\nms", "median\nms", "speed\nup", "first\ns", "\nGFLOPs", "gradient\ndiffers")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     reference = contenders[0]

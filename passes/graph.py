@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
+_TORCH = os.path.dirname(torch.__file__)
 _SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -67,6 +69,19 @@ def print_graph(module: GraphModule) -> str:
             )
             lines.append(f"{node.name}: {describe(value_of(node))} = {name}({arguments})")
     return "\n".join(lines)
+
+
+def where(node: Node) -> str:
+    """Return ``file:line: code`` of the innermost frame, outside of torch, that made this node."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    found = "?"
+    for line, code in zip(lines, [*lines[1:], ""], strict=True):
+        if not line.startswith("File "):
+            continue
+        path, _, rest = line.removeprefix('File "').partition('", line ')
+        if found == "?" or not path.startswith(_TORCH):
+            found = f"{path}:{rest.split(',')[0]}: {code}"
+    return found
 
 
 def placeholders(graph: Graph) -> list[Node]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +18,10 @@ from passes.graph import (
     needs,
     reaches,
     value_of,
+    where,
 )
 from passes.markers import GRADIENT, LEAF, POINT, STOP
 from passes.order import sort_nodes
-
-
-_TORCH = os.path.dirname(torch.__file__)
 
 
 class NotNested(Exception):
@@ -155,7 +152,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
         grads = list(value_of(mark))
         node.meta = {**mark.meta, "val": (*grads, *(value_of(n) for n in [*outputs, *escaping]))}
         node.meta["site"] = Site(
-            name, "jacobian" if seed_dims else "gradient", nested + 1, _where(mark)
+            name, "jacobian" if seed_dims else "gradient", nested + 1, where(mark)
         )
         for index in range(len(points)):
             _replace_item(mark, index, _item(graph, node, index))
@@ -255,19 +252,6 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
 
 def _nested_order(inside: set[Node]) -> int:
     return max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
-
-
-def _where(node: Node) -> str:
-    """Return ``file:line: code`` of the innermost frame, outside of torch, that made this node."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    found = "?"
-    for line, code in zip(lines, [*lines[1:], ""], strict=True):
-        if not line.startswith("File "):
-            continue
-        path, _, rest = line.removeprefix('File "').partition('", line ')
-        if found == "?" or not path.startswith(_TORCH):
-            found = f"{path}:{rest.split(',')[0]}: {code}"
-    return found
 
 
 def _replace_with_zeros(graph: Graph, mark: Node) -> None:

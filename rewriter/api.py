@@ -12,8 +12,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from rewriter.capture import as_capture_error, capturing, compile_function
-from rewriter.errors import CaptureError, NestedGradientWarning
+from rewriter.capture import DYNAMO_ERRORS, as_capture_error, capturing, compile_function
+from rewriter.errors import CaptureError, NeedsNumber, NestedGradientWarning
 from rewriter.naming import named_tensors
 from rewriter.options import Options, is_disabled, make_options
 from rewriter.report import Report, make_report
@@ -36,6 +36,7 @@ class OptimizedLoss:
         self.as_written = function
         self.options = options
         self.steps: list[Step] = []
+        self._specialize_floats = False
         self._refused: dict[Any, CaptureError] = {}
         self._compiled = compile_function(function, self._build, options.dynamic)
 
@@ -44,18 +45,28 @@ class OptimizedLoss:
             return self.as_written(*args, **kwargs)
         if self._refused and _signature(args, kwargs) in self._refused:
             return self.as_written(*args, **kwargs)
-        try:
-            with _gradients_on():
-                return self._call_compiled(args, kwargs)
-        except Exception as error:
-            refusal = as_capture_error(error)
-            if refusal is None:
-                raise
-            return self._fall_back(refusal, args, kwargs)
+        with _gradients_on():
+            return self._call(args, kwargs)
 
-    def _call_compiled(self, args: Any, kwargs: Any) -> Any:
-        with capturing():
-            return self._compiled(*args, **kwargs)
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        if self.steps:
+            # The usual case: a specialisation exists. Dynamo is prepared for our losses only if none does.
+            try:
+                return self._compiled(*args, **kwargs)
+            except DYNAMO_ERRORS:
+                pass
+        for specialize_floats in (self._specialize_floats, True):
+            try:
+                with capturing(specialize_floats=specialize_floats):
+                    return self._compiled(*args, **kwargs)
+            except Exception as error:
+                refusal = as_capture_error(error)
+                if refusal is None:
+                    raise
+            if specialize_floats or not isinstance(refusal, NeedsNumber):
+                break
+            self._specialize_floats = True
+        return self._fall_back(refusal, args, kwargs)
 
     def _is_on(self) -> bool:
         return (
@@ -82,7 +93,7 @@ class OptimizedLoss:
         warnings.warn(
             f"{self.__name__} runs as written: {refusal.reason} (at {refusal.where})",
             NestedGradientWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return value
 
@@ -119,7 +130,7 @@ class OptimizedLoss:
 
         probe = compile_function(self.as_written, record, self.options.dynamic)
         try:
-            with _gradients_on(), capturing():
+            with _gradients_on(), capturing(specialize_floats=self._specialize_floats):
                 probe(*args, **kwargs)
         except _Recorded:
             return make_report(found[-1])

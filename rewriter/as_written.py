@@ -25,14 +25,27 @@ class AsWritten:
     Attributes:
         flops: Matmul and convolution FLOPs of loss and gradients, in the symbolic sizes.
         wanted: Positions of the inputs that require grad.
-        unreached: Those of ``wanted`` whose gradient is None.
-        differentiable: Positions of the outputs that require grad.
+        reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the others ``.grad`` stays None.
     """
 
     flops: sympy.Expr
     wanted: tuple[int, ...]
-    unreached: frozenset[int]
-    differentiable: tuple[int, ...]
+    reached: dict[int, frozenset[int]]
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the outputs that have a gradient for some input."""
+        return tuple(i for i, inputs in self.reached.items() if inputs)
+
+    @property
+    def hollow(self) -> tuple[int, ...]:
+        """Positions of the outputs that require grad but lead to no input, only to leaves made inside the loss."""
+        return tuple(i for i, inputs in self.reached.items() if not inputs)
+
+    @property
+    def unreached(self) -> frozenset[int]:
+        """Those of ``wanted`` that no output has a gradient for."""
+        return frozenset(self.wanted).difference(*self.reached.values())
 
 
 def run_as_written(
@@ -52,13 +65,18 @@ def run_as_written(
         return list(captured(*own)), own
 
 
-def gradients_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+def gradients_of(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, retain_graph: bool = False
+) -> list[Tensor | None]:
     """Return the gradients of the sum of ``outputs``; None where eager leaves ``.grad`` alone."""
     ends = [u for u in outputs if isinstance(u, Tensor) and u.requires_grad]
     if not ends or not inputs:
         return [None] * len(inputs)
     seeds = [torch.ones_like(u) for u in ends]
-    return list(torch.autograd.grad(ends, inputs, seeds, allow_unused=True))
+    grads = torch.autograd.grad(
+        ends, inputs, seeds, allow_unused=True, retain_graph=retain_graph
+    )
+    return list(grads)
 
 
 def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
@@ -78,17 +96,18 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
     start = [i for i in wanted if i not in promoted]
     with fake_mode_of(examples), FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
-        grads = gradients_of(outputs, [own[i] for i in wanted])
-    return AsWritten(
-        flops=counter.total,
-        wanted=wanted,
-        unreached=frozenset(
-            i for i, grad in zip(wanted, grads, strict=True) if grad is None
-        ),
-        differentiable=tuple(
-            i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad
-        ),
-    )
+        leaves = [own[i] for i in wanted]
+        ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
+        # Counted once, all outputs together, as one backward pass would.
+        gradients_of(outputs, leaves, retain_graph=True)
+    reached = {}
+    with fake_mode_of(examples):
+        for end in ends:
+            grads = gradients_of([outputs[end]], leaves, retain_graph=True)
+            reached[end] = frozenset(
+                i for i, grad in zip(wanted, grads, strict=True) if grad is not None
+            )
+    return AsWritten(counter.total, wanted, reached)
 
 
 def _is_wanted(node: Node, promoted: bool) -> bool:

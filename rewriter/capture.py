@@ -11,6 +11,7 @@ usually comes after it, AOTAutograd, and are lifted while it traces a decorated 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import traceback
 import warnings
@@ -28,8 +29,9 @@ from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
+from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptionError
 
 _lock = threading.RLock()
@@ -111,14 +113,52 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, old)
 
 
+def number_of(x: Tensor) -> Tensor:
+    """Do what ``x.item()`` does for a float, without leaving the graph: a constant of shape () that promotes like a number."""
+    return x.detach().to(torch.float64)
+
+
+def keep_numbers(captured: GraphModule) -> None:
+    """Turn ``x.item()`` of floats (also Dynamo's own, for a float argument that changed) into `number_of`.
+
+    Raises:
+        CaptureError: An integer is read from a tensor: sizes or branches depend on values.
+    """
+    for node in captured.graph.find_nodes(op="call_method", target="item"):
+        if not example_of(node.args[0]).dtype.is_floating_point:
+            raise CaptureError("an integer is read from a tensor", where(node))
+        node.op, node.target = "call_function", number_of
+    captured.recompile()
+
+
 @contextlib.contextmanager
-def capturing() -> Iterator[None]:
-    """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block."""
+def _quiet() -> Iterator[None]:
+    """Keep Dynamo's own warnings and error logs from the user: what matters is reported in our words."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
+    """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block.
+
+    Args:
+        specialize_floats: Build anew for each value of a float argument, where only a Python number will do.
+    """
     handlers = TorchInGraphFunctionVariable._get_handlers()
     settings: dict[str, Any] = {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
     with _lock, contextlib.ExitStack() as stack:
+        settings["specialize_float"] = specialize_floats
         settings |= {"recompile_limit": 64, "reorderable_logging_functions": {print, warnings.warn}}
         stack.enter_context(dynamo_config.patch(**settings))
+        stack.enter_context(_quiet())
         stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
         owner, name = _setattr_of_dynamo()
         stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))

@@ -20,6 +20,10 @@ class CaptureError(OptimizeNestedError):
         self.reason, self.where = reason, where
 
 
+class NeedsNumber(CaptureError):
+    """A float argument that changes is used where only a Python number will do; capture anew for each value."""
+
+
 class OptionError(OptimizeNestedError, ValueError):
     """An option asks for something that this loss does not have."""
 

@@ -13,12 +13,12 @@ from torch._functorch import eager_transforms, predispatch
 from torch.fx import GraphModule, Interpreter, Node
 
 from passes.decompositions import dropout
-from passes.graph import placeholders, results
+from passes.graph import placeholders, results, where
 from passes.linearize import flatten_output
 from passes.markers import STOP, gradient_mark, leaf_mark, point_mark, stop_mark
 from passes.tracing import fake_mode_of, trace_before_autograd
-from rewriter.capture import example_of, set_requires_grad
-from rewriter.errors import CaptureError
+from rewriter.capture import example_of, number_of, set_requires_grad
+from rewriter.errors import CaptureError, NeedsNumber
 
 _C = torch._C._functorch
 aten = torch.ops.aten
@@ -140,8 +140,17 @@ class _Marking(Interpreter):
         ):
             return self._set_requires_grad(n)
         if not self.grad_enabled and _writes_to_differentiable(n):
-            raise CaptureError("an in-place write under no_grad to a tensor that requires grad")
-        out = super().run_node(n)
+            raise CaptureError(
+                "an in-place write under no_grad to a tensor that requires grad", where(n)
+            )
+        try:
+            out = super().run_node(n)
+        except CaptureError:
+            raise
+        except Exception as error:
+            if any(read.target is number_of for read in n.all_input_nodes):
+                raise NeedsNumber("a Python number is needed", where(n)) from error
+            raise CaptureError(f"{n.target}: {str(error).splitlines()[0]}", where(n)) from error
         if self.grad_enabled or n.op in ("placeholder", "output", "get_attr"):
             return out
         return torch.utils._pytree.tree_map_only(Tensor, _stopped, out)
@@ -158,7 +167,7 @@ class _Marking(Interpreter):
         if target.name() in ("tag_activation_checkpoint", "wrap_activation_checkpoint"):
             body, *inputs = args
             return body(*inputs)
-        raise CaptureError(f"{target.name()} is not understood yet")
+        raise CaptureError(f"{target.name()} is not understood yet", where(self.node_running))
 
     def _set_requires_grad(self, node: Node) -> Any:
         source = node.args[0]
@@ -166,7 +175,7 @@ class _Marking(Interpreter):
         flag = node.args[1] if len(node.args) > 1 else node.kwargs.get("requires_grad", True)
         if source in self.promoted_nodes:
             if not flag:
-                raise CaptureError("requires_grad is switched off on an input inside the loss")
+                raise CaptureError("requires_grad is switched off on an input", where(node))
             self.env[source] = self.raw[source]
         else:
             self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])

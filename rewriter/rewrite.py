@@ -14,6 +14,7 @@ from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
 from passes.share import share
 from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
+from rewriter.capture import keep_numbers, source_name
 from rewriter.choose import Choice, choose
 from rewriter.errors import CaptureError
 from rewriter.flatten import Flat, flatten
@@ -48,6 +49,7 @@ class Rewritten:
 
     Attributes:
         captured: What Dynamo captured; run under autograd it is the loss as written.
+        names: What each input of the captured graph is, as an expression over the function's locals and globals.
         as_written: What one step of that costs, and which gradients it leaves.
         flat: Inputs, outputs and state of the flat graph.
         derivative: The derivative graph, every site as `passes.derivative.gradient`.
@@ -58,6 +60,7 @@ class Rewritten:
     """
 
     captured: GraphModule
+    names: tuple[str, ...]
     as_written: AsWritten
     flat: Flat
     derivative: GraphModule
@@ -89,6 +92,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
         NotRewritten: With ``strict``, a site that accepts no rewriting strategy.
         OptionError: ``strategy`` names a site that does not exist, or a strategy that a site does not accept.
     """
+    keep_numbers(captured)
     stages: list[Stage] = []
 
     def stage(
@@ -132,6 +136,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
     stage("joint", lambda: (choice.joint, 0), choice.trace_seconds)
     return Rewritten(
         captured=captured,
+        names=tuple(source_name(node) for node in placeholders(captured.graph)),
         as_written=as_written,
         flat=flat,
         derivative=module,

@@ -65,9 +65,15 @@ class Step:
         return self._run(*inputs)
 
     def _run(self, *inputs: Any) -> Sequence[Any]:
-        if value_only.get() or not self.roles.differentiable:
+        if value_only.get():
             return self.value(inputs)
-        return _StepFunction.apply(self, *inputs)  # pyright: ignore[reportReturnType]
+        if self.roles.differentiable:
+            outputs: Any = _StepFunction.apply(self, *inputs)
+        else:
+            outputs = self.value(inputs)
+        for position in self.rewritten.as_written.hollow:
+            outputs[position].requires_grad_()
+        return outputs
 
     def value(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Compute outputs and state updates, no gradients."""
@@ -100,6 +106,11 @@ class Step:
         if self._backward is None:
             self._backward = self._compile(self.halves.tangent)
         return self._backward(*residuals, *(c.contiguous() for c in cotangents))
+
+    def reached_from(self, cotangents: Sequence[Tensor | None]) -> set[int]:
+        """Return the inputs that eager gives a gradient when these outputs are differentiated."""
+        reached = self.rewritten.as_written.reached
+        return {i for end in reached if cotangents[end] is not None for i in reached[end]}
 
 
 def _own(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -158,8 +169,9 @@ class _StepFunction(torch.autograd.Function):
                 for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
             ]
             grads = step.pull_back(rest, full)
+        reached = step.reached_from(cotangents)
         by_input = dict(zip(step.roles.wanted, grads, strict=True))
-        return (None, *(by_input.get(i) for i in range(len(ctx.inputs))))
+        return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
 
 
 def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor | None) -> list[Tensor | None]:

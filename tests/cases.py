@@ -196,7 +196,9 @@ NETWORKS |= {
     "attention": (Attention, _points(2, 3, 8)),
     "fused_attention": (FusedAttention, _points(2, 3, 4)),
     "transformer": (
-        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True), nn.Linear(8, 1)
+        ),
         _points(2, 3, 8),
     ),
     "embedding": (Embedded, _points(6, 2)),
