@@ -59,6 +59,10 @@ def flatten(captured: GraphModule) -> Flat:
             return marking.run(*values, enable_io_processing=False)
 
     module = trace_before_autograd(run, constants, fake_mode_of(examples))
+    for node in module.graph.find_nodes(
+        op="call_function", target=aten._local_scalar_dense.default
+    ):
+        raise NeedsNumber("a Python number is needed", where(node))
     flatten_output(module.graph)
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.target = STOP
