@@ -100,13 +100,19 @@ def _native_dropout(x: Tensor, p: float, train: bool | None) -> Any:
     return x * mask, mask != 0
 
 
-_DRAWS: dict[Any, Callable[..., Any]] = {
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Give what ``target`` holds after ``target.copy_(source)``: the functional form has no derivative in PyTorch."""
+    return source.to(target.dtype).expand(target.shape).clone()
+
+
+_PLAIN: dict[Any, Callable[..., Any]] = {
     aten.rand_like.default: _draw_like("rand"),
     aten.randn_like.default: _draw_like("randn"),
     aten.full_like.default: _full_like,
     aten.zeros_like.default: lambda x, **options: _full_like(x, 0, **options),
     aten.ones_like.default: lambda x, **options: _full_like(x, 1, **options),
     aten.empty_like.default: _empty_like,
+    aten.copy.default: _copy,
     aten.native_dropout.default: _native_dropout,
 }
 
@@ -120,7 +126,7 @@ def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
     PyTorch's own third derivative of `layer_norm` and `batch_norm` is wrong: their double backward formulas are differentiated
     with the saved mean and deviation as constants.
     """
-    return _DRAWS | get_decompositions(_NORMS)
+    return _PLAIN | get_decompositions(_NORMS)
 
 
 @functools.cache
@@ -128,7 +134,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Return the table for what autograd has recorded."""
     table: dict[Any, Any] = dict(core_aten_decompositions())
     table.update(get_decompositions(_NORMS))
-    table.update(_DRAWS)
+    table.update(_PLAIN)
     for kept in (
         aten.max_pool2d_with_indices_backward.default,
         aten.linalg_vector_norm.default,

@@ -118,6 +118,7 @@ class _Marking(Interpreter):
             torch._C._autograd._saved_tensors_hooks_disable: lambda message: None,
             torch._C._autograd._saved_tensors_hooks_enable: lambda: None,
             torch._C._set_grad_enabled: self._set_grad_enabled,
+            torch._C._autograd._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.dropout: dropout,
             predispatch._vmap_increment_nesting: self._enter_vmap,
@@ -155,7 +156,9 @@ class _Marking(Interpreter):
             if any(read.target is number_of for read in n.all_input_nodes):
                 raise NeedsNumber("a Python number is needed", where(n)) from error
             raise CaptureError(f"{n.target}: {str(error).splitlines()[0]}", where(n)) from error
-        if self.grad_enabled or n.op in ("placeholder", "output", "get_attr"):
+        if n.op in ("placeholder", "output", "get_attr"):
+            return out
+        if self.grad_enabled and not (self.depth == 0 and _is_cut(n)):
             return out
         return torch.utils._pytree.tree_map_only(Tensor, _stopped, out)
 
@@ -294,6 +297,14 @@ def _as_list(tensors: Any) -> list[Any]:
 
 def _stopped(x: Tensor) -> Tensor:
     return stop_mark(x) if x.dtype.is_floating_point or x.dtype.is_complex else x
+
+
+def _is_cut(node: Node) -> bool:
+    """Whether autograd, run by Dynamo on fake tensors, found no gradient to pass where one comes in."""
+    out = example_of(node)
+    if not isinstance(out, Tensor) or out.requires_grad or not out.dtype.is_floating_point:
+        return False
+    return any(getattr(example_of(read), "requires_grad", False) for read in node.all_input_nodes)
 
 
 _IN_PLACE = {

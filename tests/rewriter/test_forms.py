@@ -1,0 +1,370 @@
+"""Every way to write an inner derivative: captured as one graph, numbers as written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from tests.cases import mlp
+from tests.oracle import check
+
+FORMS: list[Callable[..., Tensor]] = []
+
+
+def form(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    FORMS.append(loss)
+    return loss
+
+
+# torch.autograd.grad
+
+
+@form
+def single(net: nn.Module, x: Tensor) -> Tensor:
+    return grad(net(x).sum(), x, create_graph=True)[0].square().sum()
+
+
+@form
+def keyword_arguments(net: nn.Module, x: Tensor) -> Tensor:
+    g = grad(outputs=net(x).sum(), inputs=x, create_graph=True, retain_graph=True)
+    return g[0].square().sum()
+
+
+@form
+def grad_outputs(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x)
+    (g,) = grad(u, x, grad_outputs=torch.linspace(0, 1, 5, dtype=x.dtype)[:, None].expand_as(u), create_graph=True)
+    return g.square().sum()
+
+
+@form
+def differentiable_seed(net: nn.Module, x: Tensor) -> Tensor:
+    """The seed's own gradient counts too."""
+    u = net(x)
+    (g,) = grad(u, x, x.square().sum(1, keepdim=True).expand_as(u), create_graph=True)
+    return g.square().sum()
+
+
+@form
+def seed_is_the_output(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x)
+    return grad(u, x, u, create_graph=True)[0].square().sum()
+
+
+@form
+def several_outputs(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x)
+    v = u.sin()
+    gs = grad([u, v], [x], [torch.ones_like(u), u.detach()], create_graph=True)
+    return gs[0].square().sum() + v.sum()
+
+
+@form
+def several_outputs_one_seed_none(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x)
+    gs = grad([u.sum(), u], [x], [None, torch.ones_like(u)], create_graph=True)
+    return gs[0].square().sum()
+
+
+@form
+def several_inputs(net: nn.Module, x: Tensor) -> Tensor:
+    a, b = x[:, :1], x[:, 1:]
+    ga, gb = grad(net(torch.cat([a, b], 1)).sum(), (a, b), create_graph=True)
+    return (ga * gb).sum() + ga.sin().sum()
+
+
+@form
+def one_input_at_a_time(net: nn.Module, x: Tensor) -> Tensor:
+    a, b = x[:, :1], x[:, 1:]
+    u = net(torch.cat([a, b], 1)).sum()
+    ga = grad(u, a, create_graph=True)[0]
+    gb = grad(u, b, create_graph=True)[0]
+    return (ga * gb).sum() + ga.sin().sum()
+
+
+@form
+def dictionary_of_inputs(net: nn.Module, x: Tensor) -> Tensor:
+    parameters = dict(net.named_parameters())
+    gs = grad(net(x).sum(), list(parameters.values()), create_graph=True)
+    named = dict(zip(parameters, gs, strict=True))
+    return sum((g.square().sum() for g in named.values()), start=x.sum())
+
+
+@form
+def unused_is_none(net: nn.Module, x: Tensor) -> Tensor:
+    other = torch.ones(3, dtype=x.dtype, requires_grad=False).requires_grad_()
+    gx, go = grad(net(x).sum(), (x, other), create_graph=True, allow_unused=True)
+    assert go is None
+    return gx.square().sum()
+
+
+@form
+def unused_is_zeros(net: nn.Module, x: Tensor) -> Tensor:
+    other = torch.ones(3, dtype=x.dtype).requires_grad_()
+    gx, go = grad(net(x).sum(), (x, other), create_graph=True, materialize_grads=True)
+    return gx.square().sum() + go.sum()
+
+
+@form
+def no_create_graph(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x)
+    (g,) = grad(u.sum(), x, retain_graph=True)
+    return (u.squeeze() * g.norm(dim=1)).sum()
+
+
+@form
+def batched_seeds(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x).squeeze()
+    (j,) = grad(u, x, torch.eye(5, dtype=x.dtype), is_grads_batched=True, create_graph=True)
+    return j.square().sum() + u.sum()
+
+
+@form
+def row_by_row(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x).squeeze()
+    rows = [grad(u[i], x, create_graph=True)[0][i] for i in range(5)]
+    return torch.stack(rows).square().sum()
+
+
+@form
+def two_fields(net: nn.Module, x: Tensor) -> Tensor:
+    """Navier–Stokes style: two outputs of one network, each with its own gradient."""
+    out = net(x)
+    u, v = out.sin(), out.cos()
+    gu = grad(u.sum(), x, create_graph=True)[0]
+    gv = grad(v.sum(), x, create_graph=True)[0]
+    return (u * gu[:, :1] + v * gv[:, 1:]).square().sum()
+
+
+@form
+def at_a_feature(net: nn.Module, x: Tensor) -> Tensor:
+    """Derivatives at the input and at something between."""
+    h = net[0](x)
+    u = net[1:](h).sum()
+    gx, gh = grad(u, x, create_graph=True)[0], grad(u, h, create_graph=True)[0]
+    return gx.square().sum() + (gh * h).sum()
+
+
+@form
+def point_of_a_point(net: nn.Module, x: Tensor) -> Tensor:
+    h = net[0](x)
+    gx, gh = grad(net[1:](h).sum(), (x, h), create_graph=True)
+    return gx.square().sum() + (gh * h).sum()
+
+
+@form
+def third_order(net: nn.Module, x: Tensor) -> Tensor:
+    u = net(x).sum()
+    for _ in range(3):
+        u = grad(u, x, create_graph=True)[0][:, 0].sum()
+    return u.square()
+
+
+@form
+def gradient_of_a_slice(net: nn.Module, x: Tensor) -> Tensor:
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    xx = grad(g[:, 0].sum(), x, create_graph=True)[0][:, 0]
+    yy = grad(g[:, 1].sum(), x, create_graph=True)[0][:, 1]
+    return (xx + yy).square().sum() + g.square().sum()
+
+
+# leaves made inside
+
+
+@form
+def fresh_leaf(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().requires_grad_()
+    return grad(net(p).sum(), p, create_graph=True)[0].square().sum() + net(x).sum()
+
+
+@form
+def fresh_leaf_as_a_statement(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().clone()
+    before = p.sin().sum()
+    p.requires_grad_(True)
+    return grad(net(p).sum(), p, create_graph=True)[0].square().sum() * before
+
+
+@form
+def fresh_leaf_by_attribute(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().clone()
+    p.requires_grad = True
+    return grad(net(p).sum(), p, create_graph=True)[0].square().sum() + p.sum()
+
+
+@form
+def constant_beside_a_leaf(net: nn.Module, x: Tensor) -> Tensor:
+    """net(x) is a constant to the derivative at p, though it has the value of net(p)."""
+    p = x.detach().requires_grad_()
+    (g,) = grad((net(p) * net(x.detach())).sum(), p, create_graph=True)
+    return g.square().sum()
+
+
+@form
+def interpolates(net: nn.Module, x: Tensor) -> Tensor:
+    """The points of WGAN-GP, with noise drawn inside."""
+    mix = torch.rand(5, 1, dtype=x.dtype)
+    p = (mix * x.detach() + (1 - mix) * x.detach().flip(0)).requires_grad_()
+    (g,) = grad(net(p), p, torch.ones(5, 1, dtype=x.dtype), create_graph=True)
+    return ((g.norm(2, dim=1) - 1) ** 2).mean() + net(x).mean()
+
+
+@form
+def no_grad_inside(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = net(x) * 2
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    with torch.no_grad(), torch.enable_grad():
+        h = net(x).sum()
+    return (g.square().sum(1, keepdim=True) - target).square().sum() + h
+
+
+@form
+def detached_factor(net: nn.Module, x: Tensor) -> Tensor:
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    return (g * g.detach()).sum() + (g.data * x).sum()
+
+
+@form
+def in_place_in_the_loss(net: nn.Module, x: Tensor) -> Tensor:
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    total = torch.zeros(5, dtype=x.dtype)
+    total += g[:, 0]
+    total[1:] *= g[1:, 1]
+    return total.square().sum()
+
+
+@form
+def masked(net: nn.Module, x: Tensor) -> Tensor:
+    inside = (x.detach().square().sum(1) < 1).to(x.dtype)
+    g = grad((net(x).squeeze() * inside).sum(), x, create_graph=True)[0]
+    return torch.where(g > 0, g, 2 * g).square().sum()
+
+
+# torch.func
+
+
+@form
+def func_grad(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda z: net(z).sum())(x).square().sum()
+
+
+@form
+def func_grad_argnums(net: nn.Module, x: Tensor) -> Tensor:
+    ga, gb = torch.func.grad(lambda a, b: net(a * b).sum(), argnums=(0, 1))(x, x.cos())
+    return (ga * gb).sum()
+
+
+@form
+def func_grad_has_aux(net: nn.Module, x: Tensor) -> Tensor:
+    def body(z: Tensor) -> tuple[Tensor, Tensor]:
+        u = net(z)
+        return u.sum(), u
+
+    g, u = torch.func.grad(body, has_aux=True)(x)
+    return g.square().sum() + u.square().sum()
+
+
+@form
+def func_grad_and_value(net: nn.Module, x: Tensor) -> Tensor:
+    g, value = torch.func.grad_and_value(lambda z: net(z).square().sum())(x)
+    return g.square().sum() * value
+
+
+@form
+def func_vjp(net: nn.Module, x: Tensor) -> Tensor:
+    u, pull = torch.func.vjp(net, x)
+    return pull(torch.ones_like(u))[0].square().sum() + u.sum()
+
+
+@form
+def func_vjp_twice(net: nn.Module, x: Tensor) -> Tensor:
+    u, pull = torch.func.vjp(net, x)
+    a, b = pull(torch.ones_like(u))[0], pull(u)[0]
+    return (a * b).sum()
+
+
+@form
+def func_grad_of_grad(net: nn.Module, x: Tensor) -> Tensor:
+    inner = torch.func.grad(lambda z: net(z).sum())
+    return torch.func.grad(lambda z: inner(z).square().sum())(x).square().sum()
+
+
+@form
+def func_jacrev(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jacrev(lambda z: net(z).squeeze())(x).square().sum()
+
+
+@form
+def vmap_grad(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda z: net(z).sum()))(x).square().sum()
+
+
+@form
+def vmap_grad_and_value(net: nn.Module, x: Tensor) -> Tensor:
+    g, u = torch.func.vmap(torch.func.grad_and_value(lambda z: net(z).sum()))(x)
+    return g.square().sum() + u.square().sum()
+
+
+@form
+def vmap_jacrev(net: nn.Module, x: Tensor) -> Tensor:
+    wide = lambda z: torch.cat([net(z), net(z.sin())])  # noqa: E731
+    return torch.func.vmap(torch.func.jacrev(wide))(x).square().sum()
+
+
+@form
+def vmap_over_a_parameter(net: nn.Module, x: Tensor) -> Tensor:
+    """A gradient per sample at a point that all samples share."""
+    shared = x.mean(0)
+    per_sample = torch.func.grad(lambda w, z: net(w * z).sum())
+    return torch.func.vmap(per_sample, in_dims=(None, 0))(shared, x).square().sum()
+
+
+@form
+def vmap_hessian_by_jacrev(net: nn.Module, x: Tensor) -> Tensor:
+    scalar = lambda z: net(z).sum()  # noqa: E731
+    hessian = torch.func.jacrev(torch.func.jacrev(scalar))
+    return torch.func.vmap(hessian)(x).diagonal(dim1=1, dim2=2).sum(1).square().sum()
+
+
+@form
+def functional_call(net: nn.Module, x: Tensor) -> Tensor:
+    parameters = dict(net.named_parameters())
+    inner = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().mean())
+    step = {name: p - 0.1 * g for (name, p), g in zip(parameters.items(), inner(parameters).values(), strict=True)}
+    return torch.func.functional_call(net, step, (x,)).square().mean()
+
+
+@pytest.mark.parametrize("loss", FORMS, ids=lambda f: f.__name__)
+def test_form(loss: Callable[..., Tensor]) -> None:
+    net = mlp(nn.Tanh, 3, 6, 2)
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    report = check(loss, [net], x).explain(net, x)
+    assert report.sites, "no derivative was found"
+    assert report.flops <= report.flops_as_written
+
+
+@pytest.mark.parametrize("loss", FORMS, ids=lambda f: f.__name__)
+def test_form_with_a_dynamic_batch(loss: Callable[..., Tensor]) -> None:
+    if loss.__name__ in ("grad_outputs", "row_by_row", "batched_seeds", "in_place_in_the_loss", "interpolates"):
+        pytest.skip("the loss itself fixes the batch size")
+    net = mlp(nn.Tanh, 3, 6, 2)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    check(loss, [net], x, dynamic=True)
+
+
+def test_two_graphs_share_nothing_across_points() -> None:
+    """Two inner derivatives at two points of equal value stay two."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        p, q = x.detach().requires_grad_(), x.detach().requires_grad_()
+        (gp,) = grad((net(p) * net(q)).sum(), p, create_graph=True)
+        (gq,) = grad((net(p) * net(q).square()).sum(), q, create_graph=True)
+        return (gp * gq).sum()
+
+    check(loss, [mlp(nn.Tanh, 3, 6, 2)], torch.randn(5, 2, dtype=torch.float64))
