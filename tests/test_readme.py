@@ -7,7 +7,7 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -52,18 +52,20 @@ def fenced_blocks(text: str) -> list[Block]:
     return blocks
 
 
-def python_blocks() -> list[Any]:
-    """Return each Python block of the documentation as a test parameter named file:line."""
-    blocks: list[Any] = []
-    pages = [README] if README.exists() else []
-    for page in [*pages, *sorted((ROOT / "docs").rglob("*.md"))]:
-        name = page.relative_to(ROOT).as_posix()
-        for block in fenced_blocks(page.read_text(encoding="utf-8")):
-            if block.language != "python":
-                continue
-            skip = [pytest.mark.skip(reason=block.skip_reason)] if block.skip_reason else []
-            blocks.append(pytest.param(block, id=f"{name}:{block.line}", marks=skip))
-    return blocks
+def pages() -> list[str]:
+    """Return the pages of the documentation, as paths from the root."""
+    found = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page.relative_to(ROOT).as_posix() for page in found if page.exists()]
+
+
+def script_of(text: str) -> str:
+    """Return a page's Python blocks as one script, each on its own lines; blocks marked `no test` are left out."""
+    lines = [""] * len(text.splitlines())
+    for block in fenced_blocks(text):
+        if block.language == "python" and block.skip_reason is None:
+            code = block.code.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(code)] = code
+    return "\n".join(lines) + "\n"
 
 
 def make_targets_named_in(text: str) -> list[str]:
@@ -87,14 +89,16 @@ def one_thread_and_clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("block", python_blocks())
+@pytest.mark.parametrize("page", pages())
 @pytest.mark.usefixtures("one_thread_and_clean_torch")
-def test_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one page build on each other; a traceback shows the line of the page."""
+    script = script_of((ROOT / page).read_text(encoding="utf-8"))
+    if not script.strip():
+        pytest.skip("the page has no Python to run")
     monkeypatch.chdir(tmp_path)
-    script = tmp_path / "block.py"
-    # The blank lines in front make a traceback show the line of the page.
-    script.write_text("\n" * (block.line - 1) + block.code, encoding="utf-8")
-    runpy.run_path(str(script), run_name="__main__")
+    (tmp_path / "page.py").write_text(script, encoding="utf-8")
+    runpy.run_path(str(tmp_path / "page.py"), run_name="__main__")
 
 
 @pytest.mark.skipif(not README.exists(), reason="there is no README.md")
