@@ -1,1 +1,2 @@
-"""Passes over graphs: graph in, graph out. Nothing here knows user code or code generation (that is `rewriter`)."""
+"""Passes over graphs: graph in, graph out. Nothing here knows user code or code generation (that is
+`rewriter`)."""

@@ -1,7 +1,9 @@
-"""Which operators are taken apart while a graph is traced: next to none before autograd has seen them, most after.
+"""Which operators are taken apart while a graph is traced: next to none before autograd has seen
+them, most after.
 
-Backward operators become plain arithmetic, because most of them have no forward-mode rule; norms become sums, because their
-backward operators hide what can be shared. Operators that `passes.tangent_rules` differentiates as they are stay whole.
+Backward operators become plain arithmetic, because most of them have no forward-mode rule; norms
+become sums, because their backward operators hide what can be shared. Operators that
+`passes.tangent_rules` differentiates as they are stay whole.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _draw_like(name: str) -> Callable[..., Any]:
-    """Make ``rand_like(x)`` a draw of a shape, so that it does not seem to depend on the value of ``x``.
+    """Make ``rand_like(x)`` a draw of a shape, so that it does not seem to depend on the value of
+    ``x``.
 
-    The generator fills memory in order, so this is the same draw for contiguous tensors only; others keep the operator.
+    The generator fills memory in order, so this is the same draw for contiguous tensors only;
+    others keep the operator.
     """
 
     def draw(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
@@ -55,9 +59,7 @@ def _draw_like(name: str) -> Callable[..., Any]:
     return draw
 
 
-def _full_like(
-    x: Tensor, value: Any, *, dtype: Any = None, device: Any = None, **_: Any
-) -> Tensor:
+def _full_like(x: Tensor, value: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     """Make a constant of a shape, so that it does not seem to depend on the value of ``x``."""
     return torch.full(x.shape, value, dtype=dtype or x.dtype, device=device or x.device)
 
@@ -71,7 +73,8 @@ def _empty_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -
 
 
 def scaled_mask(x: Tensor, p: float) -> Tensor:
-    """Draw dropout's mask for ``x``, already divided by ``1 - p``, as eager draws it: one number per element in memory order."""
+    """Draw dropout's mask for ``x``, already divided by ``1 - p``, as eager draws it: one number
+    per element in memory order."""
     order = list(range(x.dim()))
     if not x.is_contiguous() and _is_dense(x):
         order.sort(key=lambda d: -x.stride(d))
@@ -86,7 +89,8 @@ def scaled_mask(x: Tensor, p: float) -> Tensor:
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Do what `torch.nn.functional.dropout` does, with a draw that does not seem to depend on the value of ``x``."""
+    """Do what `torch.nn.functional.dropout` does, with a draw that does not seem to depend on the
+    value of ``x``."""
     if not training or p in (0, 1):
         return torch.nn.functional.dropout(x, p, training, inplace)
     mask = scaled_mask(x, p)
@@ -101,7 +105,8 @@ def _native_dropout(x: Tensor, p: float, train: bool | None) -> Any:
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Give what ``target`` holds after ``target.copy_(source)``: the functional form has no derivative in PyTorch."""
+    """Give what ``target`` holds after ``target.copy_(source)``: the functional form has no
+    derivative in PyTorch."""
     return source.to(target.dtype).expand(target.shape).clone()
 
 
@@ -121,12 +126,14 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
     """Return the table for graphs that autograd still has to differentiate.
 
-    Other operators stay whole: one that was taken apart would be differentiated by its parts, and at the points where it has no
-    derivative (the norm of zero) their convention is not the operator's. Normalisation is smooth, and taken apart because
-    PyTorch's own third derivative of `layer_norm` and `batch_norm` is wrong: their double backward formulas are differentiated
-    with the saved mean and deviation as constants.
+    Other operators stay whole: one that was taken apart would be differentiated by its parts, and
+    at the points where it has no derivative (the norm of zero) their convention is not the
+    operator's. Normalisation is smooth, and taken apart because PyTorch's own third derivative of
+    `layer_norm` and `batch_norm` is wrong: their double backward formulas are differentiated with
+    the saved mean and deviation as constants.
     """
-    return _PLAIN | get_decompositions(_NORMS)
+    table: dict[Any, Any] = dict(get_decompositions(_NORMS))
+    return table | _PLAIN
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Derivative operators as plain functions of a body graph: the vocabulary of the derivative graph.
 
-A node of the derivative graph calls one of these with the body as its first argument. They have eager meaning, so a graph that
-holds them can be run at any stage and is its own oracle. All tensors a body reads are explicit inputs, points first.
+A node of the derivative graph calls one of these with the body as its first argument. They have
+eager meaning, so a graph that holds them can be run at any stage and is its own oracle. All tensors
+a body reads are explicit inputs, points first.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from passes.markers import STOP
 def stop(x: Tensor) -> Tensor:
     """Return ``x`` as a constant.
 
-    ``detach`` stops reverse mode here and is dropped from traced graphs as an alias; the mark stays, so that a later forward
-    mode pass over the traced graph stops at the same place.
+    ``detach`` stops reverse mode here and is dropped from traced graphs as an alias; the mark
+    stays, so that a later forward mode pass over the traced graph stops at the same place.
     """
     return STOP(x.detach())
 
 
 def _as_point(x: Tensor) -> Tensor:
-    """Give ``x`` an identity of its own to differentiate at, without cutting it from what computed it."""
+    """Give ``x`` an identity of its own to differentiate at, without cutting it from what computed
+    it."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
@@ -38,12 +40,15 @@ def gradient(
     Args:
         body: ``(*points, *captured) → (*outputs, *other values)``.
         n_points: How many of ``inputs`` are points, to begin with.
-        n_outputs: How many of the body's results are differentiated; the last ``n_outputs`` of ``inputs`` are their seeds.
-        seed_dims: Leading dimensions of the seeds that are a batch of seeds (the rows of a Jacobian).
+        n_outputs: How many of the body's results are differentiated; the last ``n_outputs`` of
+            ``inputs`` are their seeds.
+        seed_dims: Leading dimensions of the seeds that are a batch of seeds (the rows of a
+            Jacobian).
         *inputs: points, captured values, seeds.
 
     Returns:
-        One gradient per point, shape ``(*batch of seeds, *point.shape)``, then all values of the body.
+        One gradient per point, shape ``(*batch of seeds, *point.shape)``, then all values of the
+        body.
     """
     seeds = inputs[len(inputs) - n_outputs :]
     captured = inputs[n_points : len(inputs) - n_outputs]
@@ -120,16 +125,19 @@ def jvp_over_gradient(
     pulled: tuple[int, ...],
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
-    """Return what `gradient` returns, with a pullback that is ONE forward-mode pass over the gradient.
+    """Return what `gradient` returns, with a pullback that is ONE forward-mode pass over the
+    gradient.
 
-    ``(x̄, θ̄, c̄) = d/dα ∇₍ₓ,θ,c₎⟨c + αū, f(x + αv, θ)⟩`` at ``α = 0``, for cotangents ``v`` of the gradient and ``ū`` of the
-    values; the Hessian of ``⟨c, f⟩`` is symmetric, so its product with ``(v, 0, ū)`` is the pullback.
+    ``(x̄, θ̄, c̄) = d/dα ∇₍ₓ,θ,c₎⟨c + αū, f(x + αv, θ)⟩`` at ``α = 0``, for cotangents ``v`` of the
+    gradient and ``ū`` of the values; the Hessian of ``⟨c, f⟩`` is symmetric, so its product with
+    ``(v, 0, ū)`` is the pullback.
 
     Args:
         primal: ``P : inputs → (*results, *residuals)``.
         tangent: ``T : (*residuals, *cotangents) → input gradients``.
         n_results: How many results ``P`` has before its residuals.
-        differentiable: Positions of the results that carry a cotangent, in the order ``T`` takes them.
+        differentiable: Positions of the results that carry a cotangent, in the order ``T`` takes
+            them.
         pulled: Positions of the inputs whose gradients ``T`` returns, in order.
         *inputs: points, captured values, seeds.
     """

@@ -27,8 +27,14 @@ _SHORT = {
 
 
 def value_of(node: Any) -> Any:
-    """Return the example value of a node (a fake tensor, a symbolic size, a tuple), or the argument itself if it is no node."""
+    """Return the example value of a node (a fake tensor, a symbolic size, a tuple), or the argument
+    itself if it is no node."""
     return node.meta.get("val") if isinstance(node, Node) else node
+
+
+def arguments(node: Node) -> Any:
+    """Return the arguments of a node whose target says what they are."""
+    return node.args
 
 
 def has_value(node: Any) -> bool:
@@ -39,9 +45,7 @@ def has_value(node: Any) -> bool:
 def is_float(node: Any) -> bool:
     """Whether the node is a tensor that can carry a derivative."""
     value = value_of(node)
-    return isinstance(value, Tensor) and (
-        value.dtype.is_floating_point or value.dtype.is_complex
-    )
+    return isinstance(value, Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
 def describe(value: Any) -> str:
@@ -99,7 +103,8 @@ def reaches(sources: Iterable[Node], *, through: Callable[[Node], bool] | None =
 
     Args:
         sources: Where to start.
-        through: Which nodes pass the dependency on; all of them if None. A node it rejects is not in the answer.
+        through: Which nodes pass the dependency on; all of them if None. A node it rejects is not
+            in the answer.
     """
     found: set[Node] = set()
     stack = list(sources)
@@ -139,7 +144,8 @@ def is_impure(node: Node) -> bool:
 
 
 def drop_dead(graph: Graph) -> int:
-    """Remove nodes without users; random draws stay, because the generator must end where eager leaves it. Return how many."""
+    """Remove nodes without users; random draws stay, because the generator must end where eager
+    leaves it. Return how many."""
     before = len(graph.nodes)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     return before - len(graph.nodes)

@@ -24,7 +24,8 @@ class Roles:
     Attributes:
         wanted: Positions of the inputs that require gradients.
         unreached: Those of ``wanted`` whose gradient eager leaves at None.
-        n_outputs: How many results are the loss's own; the others are new values of inputs that it writes to.
+        n_outputs: How many results are the loss's own; the others are new values of inputs that it
+            writes to.
         differentiable: Positions of the outputs a gradient can come back to.
         updated: Positions of the inputs that the other results are written to.
     """
@@ -50,16 +51,18 @@ def trace_value(module: GraphModule) -> GraphModule:
 
 
 def trace_joint(module: GraphModule, roles: Roles, *, seeded: bool) -> GraphModule:
-    """Trace ``inputs → (outputs, updates, gradients)``, or with ``seeded`` ``(inputs, cotangents) → …``.
+    """Trace ``inputs → (outputs, updates, gradients)``, or with ``seeded`` ``(inputs, cotangents) →
+    …``.
 
     Args:
         module: A derivative graph with each site in its chosen form.
         roles: What its inputs and outputs are.
-        seeded: Whether the outputs' cotangents are inputs. Without, the one output is a scalar and its cotangent is 1: gradients
-            are linear in it, so the caller scales them.
+        seeded: Whether the outputs' cotangents are inputs. Without, the one output is a scalar and
+            its cotangent is 1: gradients are linear in it, so the caller scales them.
 
     Returns:
-        The simplified joint graph. A gradient that eager leaves at None is None here; one that eager fills with zeros is zeros.
+        The simplified joint graph. A gradient that eager leaves at None is None here; one that
+        eager fills with zeros is zeros.
     """
     like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
     return trace_step(
@@ -86,7 +89,8 @@ def trace_step(
         examples: Fake inputs, constants to autograd.
         roles: What inputs and outputs are.
         leaves: Positions of the inputs that require grad when ``run`` starts.
-        cotangents: Fake cotangents of the differentiable outputs; none for a scalar whose cotangent is 1.
+        cotangents: Fake cotangents of the differentiable outputs; none for a scalar whose cotangent
+            is 1.
     """
     reached = [i for i in roles.wanted if i not in roles.unreached]
 
@@ -137,4 +141,3 @@ def drop_stops(module: GraphModule) -> int:
     drop_dead(module.graph)
     finish(module)
     return len(stops)
-

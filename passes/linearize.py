@@ -23,7 +23,8 @@ class Linearization:
 
     Attributes:
         primal: ``P : inputs → (*kept outputs, *residuals)``.
-        tangent: ``T : (*residuals, *tangents) → output tangents``; None stands for a tangent that is zero.
+        tangent: ``T : (*residuals, *tangents) → output tangents``; None stands for a tangent that
+            is zero.
     """
 
     primal: GraphModule
@@ -35,11 +36,13 @@ def push_forward(
 ) -> tuple[list[Any], list[Any]]:
     """Run a graph on values and tangents at once.
 
-    ``(x, ẋ) → (f(x), f'(x) ẋ)``. A tangent of None is a zero that costs nothing: operators all of whose tangents are None have
-    none either. Every primal value is computed once and shared with the tangent rules.
+    ``(x, ẋ) → (f(x), f'(x) ẋ)``. A tangent of None is a zero that costs nothing: operators all of
+    whose tangents are None have none either. Every primal value is computed once and shared with
+    the tangent rules.
 
     Raises:
-        NoRule: An operator has neither a row in the table nor a forward-mode rule in PyTorch; names it.
+        NoRule: An operator has neither a row in the table nor a forward-mode rule in PyTorch; names
+            it.
     """
     primal: dict[Node, Any] = {}
     tangent: dict[Node, Any] = {}
@@ -56,8 +59,9 @@ def push_forward(
             if not moving:
                 tangent[node] = None
                 continue
-            along, _ = torch.fx.map_arg((node.args, node.kwargs), lambda n: _Moving(tangent[n]))
-            along = pytree.tree_map(_tangent_only, along, is_leaf=_is_wrapped)
+            along = pytree.tree_map(
+                lambda item: tangent[item] if isinstance(item, Node) else None, node.args
+            )
             tangent[node] = tangent_of(node.target, out, args, kwargs, along)
     output = module.graph.output_node()
     flat = output.args[0]
@@ -66,21 +70,6 @@ def push_forward(
         [primal[n] if isinstance(n, Node) else n for n in flat],
         [tangent[n] if isinstance(n, Node) else None for n in flat],
     )
-
-
-@dataclass(frozen=True)
-class _Moving:
-    """A tangent in place of its node, told apart from arguments that are no nodes."""
-
-    tangent: Any
-
-
-def _is_wrapped(item: Any) -> bool:
-    return isinstance(item, _Moving)
-
-
-def _tangent_only(item: Any) -> Any:
-    return item.tangent if isinstance(item, _Moving) else None
 
 
 def _is_moving(tangent: Any) -> bool:
@@ -96,14 +85,16 @@ def linearize(
     wanted: Sequence[int],
     zero: Sequence[int] = (),
 ) -> Linearization:
-    """Split ``(f(x), f'(x) ẋ)`` into the part that knows no tangent and the part that is linear in the tangents.
+    """Split ``(f(x), f'(x) ẋ)`` into the part that knows no tangent and the part that is linear in
+    the tangents.
 
     Args:
         module: The function, a functional ATen graph with backward operators taken apart.
         moving: Positions of the inputs that have a tangent, in the order ``T`` takes them.
         kept: Positions of the outputs whose values ``P`` returns.
         wanted: Positions of the outputs whose tangents ``T`` returns.
-        zero: Positions, last of all inputs, of those that are zero at the point and only move; ``P`` does not take them.
+        zero: Positions, last of all inputs, of those that are zero at the point and only move;
+            ``P`` does not take them.
 
     Raises:
         NoRule: see `push_forward`.
@@ -142,8 +133,9 @@ def flatten_output(graph: Graph) -> None:
 def split(module: GraphModule, late: Sequence[Node], n_early: int) -> Linearization:
     """Cut a graph in two at the inputs that come late.
 
-    ``module : (*early, *late) → (*early results, *late results)``; the first graph computes the first ``n_early`` results and
-    everything the second needs that does not depend on ``late`` (the residuals).
+    ``module : (*early, *late) → (*early results, *late results)``; the first graph computes the
+    first ``n_early`` results and everything the second needs that does not depend on ``late`` (the
+    residuals).
     """
     graph = module.graph
     behind = reaches(late)
@@ -160,7 +152,9 @@ def split(module: GraphModule, late: Sequence[Node], n_early: int) -> Linearizat
     ]
     early_nodes = [n for n in graph.nodes if n not in behind and n.op != "output"]
     primal = _extract(
-        module, [n for n in early_nodes if n.op == "placeholder"], early_nodes,
+        module,
+        [n for n in early_nodes if n.op == "placeholder"],
+        early_nodes,
         [*early_outputs, *residuals],
     )
     tangent = _extract(module, [*residuals, *late], late_nodes, late_outputs)
@@ -192,4 +186,3 @@ def _extract(
     part = GraphModule(root, graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return finish(part)
-

@@ -1,17 +1,19 @@
 """Marks that capture leaves in the flat graph where a derivative begins, ends, or stops.
 
-The flat graph is a functional ATen graph of the loss in which nested derivatives are not computed but *marked*: a ``gradient``
-mark stands for the derivative of tensors that earlier nodes compute. `passes.nest` turns each mark into one derivative node with
-a body of its own, so no mark but ``stop`` is ever executed.
+The flat graph is a functional ATen graph of the loss in which nested derivatives are not computed
+but *marked*: a ``gradient`` mark stands for the derivative of tensors that earlier nodes compute.
+`passes.nest` turns each mark into one derivative node with a body of its own, so no mark but
+``stop`` is ever executed.
 
 | mark | in the user's loss | meaning for the gradients around it |
 |---|---|---|
 | ``point(x)`` | entry of a `torch.func` transform | identity, and a place to differentiate at |
-| ``leaf(x)`` | ``x.detach().requires_grad_()`` | no gradient to ``x``, and a place to differentiate at |
+| ``leaf(x)`` | ``x.detach().requires_grad_()`` | a point, no gradient to ``x`` |
 | ``stop(x)`` | ``detach``, results under ``no_grad`` | no gradient to ``x`` |
 | ``gradient(outputs, inputs, seeds)`` | ``autograd.grad`` | the inner gradient itself |
 
-All four have batching rules, so that `torch.vmap` around a derivative dissolves into plain tensors while the loss is captured.
+All four have batching rules, so that `torch.vmap` around a derivative dissolves into plain tensors
+while the loss is captured.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def point_mark(x: Tensor, anchors: list[Tensor]) -> Tensor:
 
     Args:
         x: The point, any shape.
-        anchors: One tensor of shape () per enclosing `vmap`, batched at that level: a point inside a `vmap` has a gradient of its
-            own per sample even where its value is shared, so the batching rule expands it.
+        anchors: One tensor of shape () per enclosing `vmap`, batched at that level: a point inside
+            a `vmap` has a gradient of its own per sample even where its value is shared, so the
+            batching rule expands it.
     """
     return x.clone()
 
@@ -58,7 +61,8 @@ def gradient_mark(
         outputs: Tensors that are differentiated.
         inputs: The points they are differentiated at.
         seeds: One per output, shape ``(*batch, *output.shape)``.
-        seed_dims: How many leading dimensions of the seeds are a batch of seeds; results have the same leading dimensions.
+        seed_dims: How many leading dimensions of the seeds are a batch of seeds; results have the
+            same leading dimensions.
     """
     raise AssertionError("a gradient mark reached execution; `passes.nest` replaces all of them")
 
@@ -117,8 +121,9 @@ def _gradient_vmap(
 ) -> tuple[list[Tensor], list[int]]:
     """Peel one `vmap` level.
 
-    Points batched at this level: samples are independent, so the gradient of the whole batch with every seed in place *is* the
-    per-sample gradient. Points not batched: only the seeds are (a Jacobian's rows), one more leading seed dimension.
+    Points batched at this level: samples are independent, so the gradient of the whole batch with
+    every seed in place *is* the per-sample gradient. Points not batched: only the seeds are (a
+    Jacobian's rows), one more leading seed dimension.
     """
     output_dims, point_dims, seed_batch, _ = in_dims
     size = info.batch_size
@@ -130,7 +135,7 @@ def _gradient_vmap(
     if any(dim is None for dim in point_dims):
         raise NotImplementedError("points of one derivative, some batched by vmap and some not")
     placed = []
-    for output, output_dim, seed, dim in zip(outputs, output_dims, seeds, seed_batch, strict=True):
+    for output_dim, seed, dim in zip(output_dims, seeds, seed_batch, strict=True):
         if output_dim is None:
             raise NotImplementedError("a derivative of something that vmap does not batch")
         placed.append(_batch_first(seed, dim, size, at=seed_dims + output_dim))

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes import derivative
 from passes.graph import (
+    arguments,
     drop_dead,
     finish,
     is_float,
@@ -34,7 +35,8 @@ class Site:
 
     Attributes:
         name: ``gradient``, ``gradient_1``, … in the order they are computed.
-        operator: What is computed: ``gradient``, or ``jacobian`` when several seeds are pulled back at once.
+        operator: What is computed: ``gradient``, or ``jacobian`` when several seeds are pulled back
+            at once.
         order: 1 for a derivative of plain code, one more for each derivative its body contains.
         where: ``file:line`` and the line's code, as far as known.
     """
@@ -46,22 +48,26 @@ class Site:
 
 
 def active_nodes(graph: Graph, requiring_grad: set[Node]) -> set[Node]:
-    """Return the nodes that carry a gradient from the given inputs: float tensors, not behind a stop."""
+    """Return the nodes that carry a gradient from the given inputs: float tensors, not behind a
+    stop."""
     return reaches(
         requiring_grad,
-        through=lambda node: node.target not in (STOP, LEAF, derivative.stop)
-        and (is_float(node) or isinstance(value_of(node), (tuple, list))),
+        through=lambda node: (
+            node.target not in (STOP, LEAF, derivative.stop)
+            and (is_float(node) or isinstance(value_of(node), (tuple, list)))
+        ),
     )
 
 
 def nest(module: GraphModule) -> int:
     """Replace ``gradient(outputs, inputs, seeds) → gradient(body, *points, *captured, *seeds)``.
 
-    The body is every node on a path from a point to an output; what else it reads is captured. Values of the body that are used
-    elsewhere leave as further results of the same node, so that value and gradient are one site and one pullback serves both.
-    The nodes stay outside, and the body is a copy of them, where they have a second master: seeds computed from the body, or
-    another derivative that starts or passes inside it without containing this one. Copies of the primal meet again in the joint
-    graph, as common subexpressions.
+    The body is every node on a path from a point to an output; what else it reads is captured.
+    Values of the body that are used elsewhere leave as further results of the same node, so that
+    value and gradient are one site and one pullback serves both. The nodes stay outside, and the
+    body is a copy of them, where they have a second master: seeds computed from the body, or
+    another derivative that starts or passes inside it without containing this one. Copies of the
+    primal meet again in the joint graph, as common subexpressions.
 
     Args:
         module: The flat graph; changed in place into the derivative graph.
@@ -86,9 +92,10 @@ def nest(module: GraphModule) -> int:
 
 
 def _split_dependent_points(graph: Graph) -> None:
-    """Give every point its own mark where one point of a mark is computed from another: each gradient is a total derivative."""
+    """Give every point its own mark where one point of a mark is computed from another: each
+    gradient is a total derivative."""
     for mark in list(graph.find_nodes(op="call_function", target=GRADIENT)):
-        outputs, points, seeds, seed_dims = mark.args
+        outputs, points, seeds, seed_dims = arguments(mark)
         after = [reaches([p]) for p in points]
         if not any(p in after[i] for p in points for i, q in enumerate(points) if p is not q):
             continue
@@ -104,7 +111,7 @@ def _split_dependent_points(graph: Graph) -> None:
 
 def _replace_item(node: Node, index: int, by: Node) -> None:
     for item in [user for user in node.users if user.target is operator.getitem]:
-        if item.args[1] == index:
+        if arguments(item)[1] == index:
             item.replace_all_uses_with(by)
             item.graph.erase_node(item)
 
@@ -120,7 +127,7 @@ def _body_nodes(points: list[Node], outputs: list[Node]) -> set[Node]:
 
 def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     graph = module.graph
-    outputs, points, seeds, seed_dims = mark.args
+    outputs, points, seeds, seed_dims = arguments(mark)
     inside = _body_nodes(points, outputs)
     for node in inside:
         if is_random(node):
@@ -171,20 +178,21 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
 
 def _item(graph: Graph, node: Node, index: int) -> Node:
     item = graph.call_function(operator.getitem, (node, index))
-    item.meta = {
-        key: value for key, value in node.meta.items() if key not in ("val", "site")
-    } | {"val": value_of(node)[index]}
+    item.meta = {key: value for key, value in node.meta.items() if key not in ("val", "site")} | {
+        "val": value_of(node)[index]
+    }
     return item
 
 
 def _has_other_master(graph: Graph, mark: Node, inside: set[Node]) -> bool:
-    """Whether another derivative still to be nested begins or passes inside, without containing this one."""
+    """Whether another derivative still to be nested begins or passes inside, without containing
+    this one."""
     for other in graph.find_nodes(op="call_function", target=GRADIENT):
         if other is mark:
             continue
-        if any(point in inside for point in other.args[1]):
+        if any(point in inside for point in arguments(other)[1]):
             return True
-        theirs = _body_nodes(other.args[1], other.args[0])
+        theirs = _body_nodes(arguments(other)[1], arguments(other)[0])
         if mark not in theirs and theirs & inside:
             return True
     return False
@@ -274,7 +282,7 @@ def _dissolve_marks(module: GraphModule) -> None:
     """Replace the marks that have become plain: ``point(x) → x``, ``leaf(x) → stop(x)``."""
     for node in list(module.graph.nodes):
         if node.target is POINT:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(arguments(node)[0])
             module.graph.erase_node(node)
         elif node.target in (LEAF, STOP):
             node.target = derivative.stop
@@ -286,7 +294,8 @@ def sites(module: GraphModule) -> list[Node]:
 
 
 def all_sites(module: GraphModule, nodes: list[Node]) -> list[Site]:
-    """Return the records of derivative nodes and of all derivatives inside their bodies, inner ones first, each once."""
+    """Return the records of derivative nodes and of all derivatives inside their bodies, inner ones
+    first, each once."""
     found: dict[str, Site] = {}
     for node in nodes:
         if node.target is derivative.gradient:
@@ -299,13 +308,6 @@ def all_sites(module: GraphModule, nodes: list[Node]) -> list[Site]:
 
 def body_of(module: GraphModule, node: Node) -> GraphModule:
     """Return the body graph of a derivative node."""
-    attribute = node.args[0]
+    attribute = arguments(node)[0]
     assert isinstance(attribute, Node), f"{node} has no body"
     return _attribute(module, str(attribute.target))
-
-
-def captured_of(node: Node) -> list[Node]:
-    """Return what a derivative node's body reads besides its points."""
-    _, n_points, n_outputs, _, *inputs = node.args
-    return inputs[n_points : len(inputs) - n_outputs]  # pyright: ignore[reportReturnType]
-

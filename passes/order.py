@@ -9,10 +9,11 @@ from passes.graph import is_random
 
 
 def sort_nodes(graph: Graph) -> int:
-    """Sort topologically, as near to the present order as can be, random draws in the order they have now.
+    """Sort topologically, as near to the present order as can be, random draws in the order they
+    have now.
 
-    Draws keep their order because the generator hands out its numbers in sequence. The constraint never makes a cycle: a draw
-    depends only on values that the loss as written computes before it.
+    Draws keep their order because the generator hands out its numbers in sequence. The constraint
+    never makes a cycle: a draw depends only on values that the loss as written computes before it.
 
     Returns:
         How many nodes changed place.

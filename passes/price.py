@@ -17,7 +17,8 @@ from passes.graph import placeholders, value_of
 
 # Views move no bytes.
 _VIEWS = {
-    torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default,
+    torch.ops.aten.view.default, torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default,
     torch.ops.aten.permute.default, torch.ops.aten.t.default, torch.ops.aten.unsqueeze.default,
     torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims, torch.ops.aten.select.int,
     torch.ops.aten.slice.Tensor, torch.ops.aten.transpose.int, torch.ops.aten.detach.default,
@@ -30,8 +31,8 @@ class Price:
     """What a graph costs, as expressions in the symbolic sizes.
 
     Attributes:
-        flops: Floating-point operations of matrix products and convolutions, two per multiply-add, by the formulas of
-            `torch.utils.flop_counter.flop_registry`.
+        flops: Floating-point operations of matrix products and convolutions, two per multiply-add,
+            by the formulas of `torch.utils.flop_counter.flop_registry`.
         bytes_moved: Bytes that operators read and write if each ran alone (views are free).
     """
 
@@ -40,7 +41,13 @@ class Price:
 
     def at(self, hints: dict[sympy.Symbol, int]) -> tuple[int, int]:
         """Return the numbers for given sizes."""
-        return int(self.flops.subs(hints)), int(self.bytes_moved.subs(hints))
+        return evaluated(self.flops, hints), evaluated(self.bytes_moved, hints)
+
+
+def evaluated(expression: sympy.Expr, hints: dict[sympy.Symbol, int]) -> int:
+    """Return the number an expression has at given sizes."""
+    sizes: Any = hints
+    return int(expression.subs(sizes))
 
 
 def _expr(value: Any) -> sympy.Expr:
@@ -129,4 +136,3 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self.total += _expr(formula(*args, **kwargs, out_val=out))
         return out
-

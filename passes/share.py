@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from passes.graph import drop_dead, finish, is_impure, needs, reaches, value_of
+from passes.graph import arguments, drop_dead, finish, is_impure, needs, reaches, value_of
 from passes.markers import GRADIENT, LEAF, POINT, STOP
 from passes.order import sort_nodes
 
@@ -16,11 +16,14 @@ from passes.order import sort_nodes
 def share(module: GraphModule, active: set[Node]) -> int:
     """Compute each value once: ``f(x) … f(point(x)) → one f(point(x))``.
 
-    A mark changes what derivatives see, not the value. So ``net(x)`` written beside ``net(x.detach().requires_grad_())`` is the
-    same tensor, and using one for the other is exact for every gradient when
+    A mark changes what derivatives see, not the value. So ``net(x)`` written beside
+    ``net(x.detach().requires_grad_())`` is the same tensor, and using one for the other is exact
+    for every gradient when
 
-    - a ``leaf`` or ``stop`` that is looked through has an input that carries no gradient anyway, and
-    - no inner derivative taken at a point that only one of the two depends on sees the exchanged use.
+    - a ``leaf`` or ``stop`` that is looked through has an input that carries no gradient anyway,
+      and
+    - no inner derivative taken at a point that only one of the two depends on sees the exchanged
+      use.
 
     Args:
         module: The flat graph; changed in place.
@@ -42,15 +45,15 @@ def share(module: GraphModule, active: set[Node]) -> int:
 def _looked_through(node: Node, active: set[Node]) -> bool:
     if node.target is POINT:
         return True
-    return node.target in (LEAF, STOP) and node.args[0] not in active
+    return node.target in (LEAF, STOP) and arguments(node)[0] not in active
 
 
 def _seen_by(graph: Graph) -> dict[Node, set[Node]]:
     """Return for each point the nodes that a derivative at that point differentiates through."""
     seen: dict[Node, set[Node]] = {}
     for mark in graph.find_nodes(op="call_function", target=GRADIENT):
-        through = needs(mark.args[0]) | {mark}
-        for point in mark.args[1]:
+        through = needs(arguments(mark)[0]) | {mark}
+        for point in arguments(mark)[1]:
             seen.setdefault(point, set()).update(through)
     return seen
 
@@ -60,7 +63,7 @@ def _merge_points(graph: Graph, active: set[Node]) -> int:
     merged = 0
     first: dict[tuple[Any, Any], Node] = {}
     for mark in [node for node in graph.nodes if node.target in (LEAF, POINT)]:
-        kept = first.setdefault((mark.target, mark.args[0]), mark)
+        kept = first.setdefault((mark.target, arguments(mark)[0]), mark)
         if kept is mark:
             continue
         seen = _seen_by(graph)
@@ -83,7 +86,7 @@ def _merge_values(graph: Graph, active: set[Node]) -> int:
             number[node] = node
             continue
         if _looked_through(node, active):
-            number[node] = number[node.args[0]]
+            number[node] = number[arguments(node)[0]]
             continue
         key = _key(node, number)
         number[node] = key = interned.setdefault(key, key)
@@ -109,8 +112,9 @@ def _merge_values(graph: Graph, active: set[Node]) -> int:
 
 
 def _key(node: Node, number: dict[Node, Any]) -> Any:
-    """Return what makes two nodes compute the same value; hashing makes deep expressions cheap to compare."""
-    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    """Return what makes two nodes compute the same value; hashing makes deep expressions cheap to
+    compare."""
+    flat, spec = pytree.tree_flatten((arguments(node), node.kwargs))
     items = tuple(
         ("node", number[item]) if isinstance(item, Node) else (type(item).__name__, repr(item))
         for item in flat
@@ -139,26 +143,29 @@ class _Interned:
 
 
 def _merge_gradients(graph: Graph) -> int:
-    """``gradient(u, x), gradient(u, t) → gradient(u, (x, t))``: one pass back serves every point it comes by."""
+    """``gradient(u, x), gradient(u, t) → gradient(u, (x, t))``: one pass back serves every point it
+    comes by."""
     merged = 0
     groups: dict[Any, list[Node]] = {}
     for mark in graph.find_nodes(op="call_function", target=GRADIENT):
-        outputs, _, seeds, seed_dims = mark.args
+        outputs, _, seeds, seed_dims = arguments(mark)
         groups.setdefault((tuple(outputs), tuple(seeds), seed_dims), []).append(mark)
     for marks in groups.values():
-        points = list(dict.fromkeys(point for mark in marks for point in mark.args[1]))
+        points = list(dict.fromkeys(point for mark in marks for point in arguments(mark)[1]))
         independent = not any(set(points) & (reaches([point]) - {point}) for point in points)
         if len(marks) == 1 or not independent:
             continue
-        outputs, _, seeds, seed_dims = marks[0].args
+        outputs, _, seeds, seed_dims = arguments(marks[0])
         with graph.inserting_before(marks[0]):
             union = graph.call_function(GRADIENT, (outputs, points, seeds, seed_dims))
-            values = {p: v for m in marks for p, v in zip(m.args[1], value_of(m), strict=True)}
+            values = {
+                p: v for m in marks for p, v in zip(arguments(m)[1], value_of(m), strict=True)
+            }
             union.meta = {**marks[0].meta, "val": [values[point] for point in points]}
         for mark in marks:
             for item in list(mark.users):
                 assert item.target is operator.getitem, f"{item} reads the mark {mark} whole"
-                item.args = (union, points.index(mark.args[1][item.args[1]]))
+                item.args = (union, points.index(arguments(mark)[1][arguments(item)[1]]))
             graph.erase_node(mark)
         merged += len(marks) - 1
     return merged

@@ -1,8 +1,9 @@
 """The tangent of every operator, by family.
 
-``out = op(x, …)`` moves with ``ẋ`` as ``op'(x) ẋ``. Families first: operators whose derivative is zero, those linear in the tensors
-that move, those linear in each of two tensors, elementwise ones (``ẋ`` times a derivative); a rule of its own is the last resort.
-An operator without a row gets PyTorch's own forward-mode rule for that operator.
+``out = op(x, …)`` moves with ``ẋ`` as ``op'(x) ẋ``. Families first: operators whose derivative is
+zero, those linear in the tensors that move, those linear in each of two tensors, elementwise ones
+(``ẋ`` times a derivative); a rule of its own is the last resort. An operator without a row gets
+PyTorch's own forward-mode rule for that operator.
 """
 
 from __future__ import annotations
@@ -39,29 +40,32 @@ ZERO = {
     aten.floor_divide.default, aten.heaviside.default, aten.sgn.default,
 }  # fmt: skip
 
-# Linear in all tensors that move, taken together: the same operator on the tangents, zeros where nothing moves.
-# Position of the tensors that may move; all other arguments are repeated.
+# Linear in all tensors that move, taken together: the same operator on the tangents, zeros where
+# nothing moves. Position of the tensors that may move; all other arguments are repeated.
 LINEAR: dict[Any, tuple[int, ...]] = {
     op: (0,)
     for op in (
-        aten.alias.default, aten.as_strided.default, aten.clone.default, aten.constant_pad_nd.default,
-        aten.cumsum.default, aten.detach.default, aten.diag_embed.default, aten.diagonal.default, aten.expand.default,
-        aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
+        aten.alias.default, aten.as_strided.default, aten.clone.default,
+        aten.constant_pad_nd.default, aten.cumsum.default, aten.detach.default,
+        aten.diag_embed.default, aten.diagonal.default, aten.expand.default, aten.flip.default,
+        aten.gather.default, aten.index.Tensor, aten.index_select.default,
         aten.lift_fresh_copy.default, aten.mean.default, aten.mean.dim, aten.neg.default,
-        aten.permute.default, aten.roll.default, aten.repeat.default, aten.select.int, aten.slice.Tensor,
-        aten.slice_backward.default, aten.select_backward.default, aten.embedding.default,
-        aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.default, aten.squeeze.dim,
-        aten.squeeze.dims, aten.sum.default, aten.sum.dim_IntList, aten.t.default, aten.transpose.int,
-        aten.tril.default, aten.triu.default, aten.unbind.int, aten.unfold.default, aten.unsqueeze.default,
+        aten.permute.default, aten.roll.default, aten.repeat.default, aten.select.int,
+        aten.slice.Tensor, aten.slice_backward.default, aten.select_backward.default,
+        aten.embedding.default, aten.split.Tensor, aten.split_with_sizes.default,
+        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.sum.default,
+        aten.sum.dim_IntList, aten.t.default, aten.transpose.int, aten.tril.default,
+        aten.triu.default, aten.unbind.int, aten.unfold.default, aten.unsqueeze.default,
         aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._to_copy.default,
         aten.mul.Scalar, aten.div.Scalar, aten.avg_pool2d.default, aten.avg_pool2d_backward.default,
         aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default,
         aten.avg_pool3d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec,
         aten.embedding_dense_backward.default, aten.max_pool2d_with_indices_backward.default,
-        aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.replication_pad2d.default,
-        aten.col2im.default, aten.im2col.default, aten.real.default, aten.imag.default,
-        aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default,
-        aten._unsafe_index.Tensor, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+        aten.reflection_pad1d.default, aten.reflection_pad2d.default,
+        aten.replication_pad2d.default, aten.col2im.default, aten.im2col.default, aten.real.default,
+        aten.imag.default, aten.view_as_real.default, aten.view_as_complex.default,
+        aten._conj.default, aten._unsafe_index.Tensor, aten.pixel_shuffle.default,
+        aten.pixel_unshuffle.default,
     )
 }  # fmt: skip
 LINEAR |= {
@@ -149,7 +153,8 @@ def _plus(a: Any, b: Any) -> Any:
 
 
 def _grown(tangent: Tensor | None, like: Tensor) -> Tensor | None:
-    """Broadcast a tangent to its result's shape and type, where an operator broadcast its argument."""
+    """Broadcast a tangent to its result's shape and type, where an operator broadcast its
+    argument."""
     if tangent is None:
         return None
     if tangent.dtype != like.dtype:
@@ -268,7 +273,8 @@ def _convolution(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tup
 def _convolution_backward(
     target: Any, out: Any, args: tuple, kwargs: dict, along: tuple
 ) -> tuple[Any, Any, Any]:
-    """Bilinear per result: the input's gradient in (grad, weight), the weight's in (grad, input), the bias' in grad alone.
+    """Bilinear per result: the input's gradient in (grad, weight), the weight's in (grad, input),
+    the bias' in grad alone.
 
     One call per result that is wanted, so that no call computes two gradients where one is used.
     """
@@ -312,7 +318,8 @@ def _max_pool(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) ->
 
 
 def _along_indices(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple:
-    """``max``, ``min``, ``sort``, ``topk``, ``cummax`` along a dimension: the tangent follows the indices."""
+    """``max``, ``min``, ``sort``, ``topk``, ``cummax`` along a dimension: the tangent follows the
+    indices."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
     if target is aten.topk.default:
         dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
@@ -427,9 +434,11 @@ def _pytorch_rule(target: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
     try:
         with forward_ad.dual_level():
             dual = pytree.tree_map(
-                lambda primal, tangent: primal
-                if tangent is None
-                else forward_ad.make_dual(primal, tangent.expand_as(primal)),
+                lambda primal, tangent: (
+                    primal
+                    if tangent is None
+                    else forward_ad.make_dual(primal, tangent.expand_as(primal))
+                ),
                 list(args),
                 [_like_structure(a, t) for a, t in zip(args, along, strict=True)],
                 is_leaf=lambda x: x is None,

@@ -27,9 +27,7 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def trace(
-    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode
-) -> GraphModule:
+def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> GraphModule:
     """Record what ``function(*inputs)`` computes, as ATen operators without in-place writes.
 
     Args:

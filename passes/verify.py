@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
-from passes.graph import placeholders, results, value_of
+from passes.graph import arguments, placeholders, results, value_of
 from passes.markers import GRADIENT, LEAF, POINT
 from passes.nest import body_of
 
@@ -19,8 +19,8 @@ def verify(module: GraphModule) -> None:
     """Check a flat, derivative or joint graph.
 
     - It passes FX's own lint, and every node that computes has an example value.
-    - A derivative node's body takes exactly its points and captured values, in the same shapes, and returns at least its outputs;
-      its example values are the gradients' and the body's.
+    - A derivative node's body takes exactly its points and captured values, in the same shapes, and
+      returns at least its outputs; its example values are the gradients' and the body's.
     - Marks and derivative nodes do not mix: a graph that was nested holds no marks.
 
     Raises:
@@ -41,7 +41,7 @@ def verify(module: GraphModule) -> None:
 
 
 def _verify_gradient(module: GraphModule, node: Node) -> None:
-    _, n_points, n_outputs, seed_dims, *inputs = node.args
+    _, n_points, n_outputs, seed_dims, *inputs = arguments(node)
     body = body_of(module, node)
     verify(body)
     read = inputs[: len(inputs) - n_outputs]

@@ -11,8 +11,15 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from rewriter.capture import DYNAMO_ERRORS, as_capture_error, capturing, compile_function
+from rewriter.capture import (
+    DYNAMO_ERRORS,
+    as_capture_error,
+    capturing,
+    compile_function,
+    is_transformed,
+)
 from rewriter.errors import CaptureError, NeedsNumber, NestedGradientWarning
 from rewriter.naming import named_tensors
 from rewriter.options import Options, is_disabled, make_options
@@ -33,6 +40,7 @@ class OptimizedLoss:
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         functools.update_wrapper(self, function)
+        self._name: str = getattr(function, "__name__", type(function).__name__)
         self.as_written = function
         self.options = options
         self.steps: list[Step] = []
@@ -50,7 +58,8 @@ class OptimizedLoss:
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         if self.steps:
-            # The usual case: a specialisation exists. Dynamo is prepared for our losses only if none does.
+            # The usual case: a specialisation exists. Dynamo is prepared for our losses only if
+            # none does.
             try:
                 return self._compiled(*args, **kwargs)
             except DYNAMO_ERRORS:
@@ -69,12 +78,7 @@ class OptimizedLoss:
         return self._fall_back(refusal, args, kwargs)
 
     def _is_on(self) -> bool:
-        return (
-            self.options.enabled
-            and not is_disabled()
-            and not torch.compiler.is_compiling()
-            and torch._C._functorch.peek_interpreter_stack() is None
-        )
+        return self.options.enabled and not is_disabled() and not is_transformed()
 
     def _build(self, captured: torch.fx.GraphModule, inputs: Any) -> Step:
         """Be Dynamo's backend: rewrite and compile what it captured."""
@@ -91,7 +95,7 @@ class OptimizedLoss:
         # An error of the user's own was raised above, as it is; what is left is ours to report.
         self._refused[_signature(args, kwargs)] = refusal
         warnings.warn(
-            f"{self.__name__} runs as written: {refusal.reason} (at {refusal.where})",
+            f"{self._name} runs as written: {refusal.reason} (at {refusal.where})",
             NestedGradientWarning,
             stacklevel=4,
         )
@@ -103,9 +107,9 @@ class OptimizedLoss:
     def value_and_grad(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Return the loss and its gradients by name: ``"model.0.weight"``, ``"x"``.
 
-        Every parameter of the modules among the arguments and every tensor argument that requires grad has an entry, if the loss
-        depends on it; modules and tensors that the function closes over, reads as globals or through ``self`` count too. No
-        ``.grad`` is touched.
+        Every parameter of the modules among the arguments and every tensor argument that requires
+        grad has an entry, if the loss depends on it; modules and tensors that the function closes
+        over, reads as globals or through ``self`` count too. No ``.grad`` is touched.
 
         Raises:
             TypeError: The loss returns no tensor to differentiate.
@@ -114,14 +118,15 @@ class OptimizedLoss:
         value = self(*args, **kwargs)
         # The loss may have called `requires_grad_()` on one of its arguments.
         tensors = {name: x for name, x in tensors.items() if x.requires_grad}
-        end = _scalar_of(value, self.__name__)
+        end = _scalar_of(value, self._name)
         if not end.requires_grad or not tensors:
             return value, {}
         grads = torch.autograd.grad(end, list(tensors.values()), allow_unused=True)
         return value, {n: g for n, g in zip(tensors, grads, strict=True) if g is not None}
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
-        """Return what would be done to the loss for these arguments; nothing is compiled or run, no state is touched."""
+        """Return what would be done to the loss for these arguments; nothing is compiled or run, no
+        state is touched."""
         found: list[Rewritten] = []
 
         def record(captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -197,18 +202,18 @@ def _signature(args: Any, kwargs: Any) -> Any:
             return id(item), item.training
         return type(item)
 
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = pytree.tree_leaves((args, kwargs))
     return tuple(kind(leaf) for leaf in leaves)
 
 
 def _scalar_of(value: Any, name: str) -> Tensor:
-    leaves = [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
+    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
     ends = leaves if isinstance(value, Tensor) else [x for x in leaves if x.requires_grad]
     if len(ends) != 1 or ends[0].numel() != 1:
         found = ", ".join(str(tuple(x.shape)) for x in leaves) or type(value).__name__
         raise TypeError(
-            f"value_and_grad: {name} must return one scalar tensor that requires grad (beside any number that do not); "
-            f"it returned {found}"
+            f"value_and_grad: {name} must return one scalar tensor that requires grad (beside any "
+            f"number that do not); it returned {found}"
         )
     return ends[0]
 
@@ -220,17 +225,20 @@ def optimize_nested(
     function: None = None, /, **options: Any
 ) -> Callable[[Callable[..., Any]], OptimizedLoss]: ...
 def optimize_nested(function: Any = None, /, **options: Any) -> Any:
-    """Rewrite the nested derivatives of a loss into their cheapest exact form, and compile loss and gradients as one graph.
+    """Rewrite the nested derivatives of a loss into their cheapest exact form, and compile loss and
+    gradients as one graph.
 
-    Use as ``@optimize_nested``, ``@optimize_nested(**options)`` or ``optimize_nested(loss, **options)``.
+    Use as ``@optimize_nested``, ``@optimize_nested(**options)`` or ``optimize_nested(loss,
+    **options)``.
 
     Args:
-        function: A function of modules, tensors and Python values that returns a tensor, or a structure with tensors in it.
+        function: A function of modules, tensors and Python values that returns a tensor, or a
+            structure with tensors in it.
         **options: See `rewriter.options.Options`.
 
     Returns:
-        A callable like ``function``: ``loss(...)`` returns what ``function`` returns, and ``.backward()`` on it fills ``.grad``
-        exactly as for ``function``.
+        A callable like ``function``: ``loss(...)`` returns what ``function`` returns, and
+        ``.backward()`` on it fills ``.grad`` exactly as for ``function``.
 
     Raises:
         TypeError: An unknown option, or ``function`` is not callable.
@@ -255,9 +263,7 @@ def _decorate(function: Any, options: Options) -> OptimizedLoss:
         function = function.as_written
     if not callable(function) or inspect.isclass(function) or isinstance(function, torch.nn.Module):
         raise TypeError(
-            f"optimize_nested: expected a loss function, got {type(function).__name__}; decorate a function of the module"
+            f"optimize_nested: expected a loss function, got {type(function).__name__}; decorate a "
+            "function that calls the module"
         )
     return OptimizedLoss(function, options)
-
-
-

@@ -1,4 +1,5 @@
-"""The loss as written: the captured graph under plain autograd. The reference for numbers, price and absent gradients."""
+"""The loss as written: the captured graph under plain autograd. The reference for numbers, price
+and absent gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class AsWritten:
     Attributes:
         flops: Matmul and convolution FLOPs of loss and gradients, in the symbolic sizes.
         wanted: Positions of the inputs that require grad.
-        reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the others ``.grad`` stays None.
+        reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the
+            others ``.grad`` stays None.
     """
 
     flops: sympy.Expr
@@ -39,7 +41,8 @@ class AsWritten:
 
     @property
     def hollow(self) -> tuple[int, ...]:
-        """Positions of the outputs that require grad but lead to no input, only to leaves made inside the loss."""
+        """Positions of the outputs that require grad but lead to no input, only to leaves made
+        inside the loss."""
         return tuple(i for i, inputs in self.reached.items() if not inputs)
 
     @property
@@ -73,9 +76,7 @@ def gradients_of(
     if not ends or not inputs:
         return [None] * len(inputs)
     seeds = [torch.ones_like(u) for u in ends]
-    grads = torch.autograd.grad(
-        ends, inputs, seeds, allow_unused=True, retain_graph=retain_graph
-    )
+    grads = torch.autograd.grad(ends, inputs, seeds, allow_unused=True, retain_graph=retain_graph)
     return list(grads)
 
 
@@ -113,4 +114,3 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
 def _is_wanted(node: Node, promoted: bool) -> bool:
     example = example_of(node)
     return promoted or (example.requires_grad and example.dtype.is_floating_point)
-

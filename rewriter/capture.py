@@ -1,11 +1,13 @@
 """Capture a loss as one graph with Dynamo: the one file that knows Dynamo's private names.
 
-Dynamo traces the user's function and guards on what it saw; we are its backend. Two of its restrictions exist because of what
-usually comes after it, AOTAutograd, and are lifted while it traces a decorated loss:
+Dynamo traces the user's function and guards on what it saw; we are its backend. Two of its
+restrictions exist because of what usually comes after it, AOTAutograd, and are lifted while it
+traces a decorated loss:
 
-- `torch.autograd.grad` becomes one node whatever its tensors' history: parts of the graph that lie outside are never walked,
-  because the gradient is computed inside the joint graph;
-- ``x.requires_grad_()`` and ``x.requires_grad = True`` become one node, on inputs and intermediates alike.
+- `torch.autograd.grad` becomes one node whatever its tensors' history: parts of the graph that lie
+  outside are never walked, because the gradient is computed inside the joint graph;
+- ``x.requires_grad_()`` and ``x.requires_grad = True`` become one node, on inputs and intermediates
+  alike.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
-from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables import builtin as dynamo_builtins
+from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
@@ -72,9 +74,7 @@ def _requires_grad_(self: TensorVariable, tx: Any, requires_grad: Any = True) ->
     flag = requires_grad if isinstance(requires_grad, bool) else requires_grad.as_python_constant()
     example = self.as_proxy().node.meta["example_value"]
     if example.requires_grad != flag:
-        tx.output.create_proxy(
-            "call_function", set_requires_grad, (self.as_proxy(), flag), {}
-        )
+        tx.output.create_proxy("call_function", set_requires_grad, (self.as_proxy(), flag), {})
         example.requires_grad_(flag)
         self.requires_grad = flag
     return self
@@ -114,12 +114,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def number_of(x: Tensor) -> Tensor:
-    """Do what ``x.item()`` does for a float, without leaving the graph: a constant of shape () that promotes like a number."""
+    """Do what ``x.item()`` does for a float, without leaving the graph: a constant of shape () that
+    promotes like a number."""
     return x.detach().to(torch.float64)
 
 
 def keep_numbers(captured: GraphModule) -> None:
-    """Turn ``x.item()`` of floats (also Dynamo's own, for a float argument that changed) into `number_of`.
+    """Turn ``x.item()`` of floats (also Dynamo's own, for a float argument that changed) into
+    `number_of`.
 
     Raises:
         CaptureError: An integer is read from a tensor: sizes or branches depend on values.
@@ -133,7 +135,8 @@ def keep_numbers(captured: GraphModule) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Dynamo's own warnings and error logs from the user: what matters is reported in our words."""
+    """Keep Dynamo's own warnings and error logs from the user: what matters is reported in our
+    words."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -150,10 +153,13 @@ def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
     """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block.
 
     Args:
-        specialize_floats: Build anew for each value of a float argument, where only a Python number will do.
+        specialize_floats: Build anew for each value of a float argument, where only a Python number
+            will do.
     """
     handlers = TorchInGraphFunctionVariable._get_handlers()
-    settings: dict[str, Any] = {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
+    settings: dict[str, Any] = (
+        {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
+    )
     with _lock, contextlib.ExitStack() as stack:
         settings["specialize_float"] = specialize_floats
         settings |= {"recompile_limit": 64, "reorderable_logging_functions": {print, warnings.warn}}
@@ -176,7 +182,8 @@ def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
 def compile_function(
     function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
 ) -> Callable[..., Any]:
-    """Return ``function`` behind Dynamo's guards, each new specialisation built by ``backend(graph module, inputs)``."""
+    """Return ``function`` behind Dynamo's guards, each new specialisation built by ``backend(graph
+    module, inputs)``."""
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
@@ -225,8 +232,15 @@ def example_of(node: Node) -> Any:
 
 
 def source_name(placeholder: Node) -> str:
-    """Return where a captured graph's input comes from, as an expression over the function's locals and globals."""
+    """Return where a captured graph's input comes from, as an expression over the function's locals
+    and globals."""
     argument = placeholder.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    name = getattr(source, "name", None)
+    name: Any = getattr(getattr(argument, "source", None), "name", None)
     return (name() if callable(name) else name) or placeholder.name
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or another compilation is running around this call."""
+    return (
+        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    )

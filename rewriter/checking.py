@@ -26,8 +26,9 @@ def check_step(
 ) -> None:
     """Run the step both ways on copies of ``inputs`` and compare value, gradients and state.
 
-    The reference is the loss as written on float64 copies. In float64 the step may differ by 1e-9 of the reference's size; in a
-    narrower type by twice what the loss as written in that type differs, and by a few units in the last place.
+    The reference is the loss as written on float64 copies. In float64 the step may differ by 1e-9
+    of the reference's size; in a narrower type by twice what the loss as written in that type
+    differs, and by a few units in the last place.
 
     Raises:
         CheckFailed: Names the tensor that differs most and both numbers.
@@ -47,8 +48,9 @@ def check_step(
     worst = max(_differences(rewritten, ours, plain, wide), key=lambda d: d.excess, default=None)
     if worst is not None and worst.excess > 1:
         raise CheckFailed(
-            f"check=True: {worst.name} differs from the loss as written: {worst.ours!r} here, {worst.reference!r} as written in "
-            f"float64 (error {worst.error:.3g}, allowed {worst.allowed:.3g}). Please report this; strategy='as written' avoids it."
+            f"check=True: {worst.name} differs from the loss as written: {worst.ours!r} here, "
+            f"{worst.reference!r} as written in float64 (error {worst.error:.3g}, allowed "
+            f"{worst.allowed:.3g}). Please report this; enabled=False avoids it."
         )
 
 
@@ -108,8 +110,11 @@ def _differences(rewritten: Rewritten, ours: _Run, plain: _Run, wide: _Run) -> l
         [*wide.values, *wide.grads, *wide.state],
         strict=True,
     )
-    sizes = [x.detach().abs().max().item() for x in wide.grads if isinstance(x, Tensor) and x.numel()]
-    # A gradient that is zero but for rounding has no size of its own: it is a sum of terms of the others' size.
+    sizes = [
+        x.detach().abs().max().item() for x in wide.grads if isinstance(x, Tensor) and x.numel()
+    ]
+    # A gradient that is zero but for rounding has no size of its own: it is a sum of terms of the
+    # others' size.
     floor = max(sizes, default=0.0)
     return [
         difference
@@ -135,6 +140,4 @@ def _difference(
         allowed = 2 * own + 16 * torch.finfo(mine.dtype).eps * size
     at = int(error.argmax())
     mine_flat, exact_flat = mine.detach().flatten(), exact.flatten()
-    return _Difference(
-        name, mine_flat[at].item(), exact_flat[at].item(), float(error[at]), allowed
-    )
+    return _Difference(name, mine_flat[at].item(), exact_flat[at].item(), float(error[at]), allowed)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from passes.graph import copy_graph, placeholders, results, value_of
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, sites
-from passes.price import Price, price, size_hints
+from passes.price import Price, evaluated, price, size_hints
 from passes.strategies import STRATEGIES, Refused
 from passes.tracing import example_inputs
 from rewriter.as_written import AsWritten
@@ -88,9 +88,11 @@ def choose(
     promoted: Sequence[int],
     options: Options,
 ) -> Choice:
-    """Price each form on the joint graph; the one with the fewest FLOPs wins, on a tie the earlier strategy.
+    """Price each form on the joint graph; the one with the fewest FLOPs wins, on a tie the earlier
+    strategy.
 
-    The loss as written is a candidate too. Its FLOPs are known without tracing it, so it is traced only if it wins.
+    The loss as written is a candidate too. Its FLOPs are known without tracing it, so it is traced
+    only if it wins.
 
     Args:
         module: The derivative graph.
@@ -116,10 +118,8 @@ def choose(
         traced = time.perf_counter()
         joint = trace_joint(form, roles, seeded=seeded)
         candidate = _priced(taken, joint)
-        built.append(
-            _Built(candidate, form, joint, traced - start, time.perf_counter() - traced)
-        )
-    written = int(as_written.flops.subs(size_hints(module)))
+        built.append(_Built(candidate, form, joint, traced - start, time.perf_counter() - traced))
+    written = evaluated(as_written.flops, size_hints(module))
     if not built or min(b.candidate.flops for b in built) > written:
         built.append(_as_written(module, roles, seeded, captured, promoted, found))
     best = min(built, key=lambda b: b.candidate.flops)
@@ -162,8 +162,8 @@ def _refuse_if_asked(
         if wish is not None and (site.name, wish) in refusals:
             accepted = [s.name for s in STRATEGIES if (site.name, s.name) not in refusals]
             raise OptionError(
-                f"strategy: {site.name} at {site.where} does not accept {wish!r}: {refusals[site.name, wish]}. "
-                f"It accepts {', '.join([*accepted, AS_WRITTEN])}"
+                f"strategy: {site.name} at {site.where} does not accept {wish!r}: "
+                f"{refusals[site.name, wish]}. It accepts {', '.join([*accepted, AS_WRITTEN])}"
             )
         reasons = [reason for (name, _), reason in refusals.items() if name == site.name]
         if options.strict and wish is None and reasons and taken.strategies[site.name] == REVERSE:
@@ -178,7 +178,8 @@ def _in_form(
     wish: Mapping[str, str],
     refusals: dict[tuple[str, str], str],
 ) -> tuple[GraphModule, dict[str, str]]:
-    """Return the derivative graph with each site in the form wished for, or reverse where that is refused."""
+    """Return the derivative graph with each site in the form wished for, or reverse where that is
+    refused."""
     form = copy_graph(module)
     inputs = placeholders(form.graph)
     active = active_nodes(form.graph, {inputs[i] for i in roles.wanted})
@@ -209,7 +210,8 @@ def _as_written(
     promoted: Sequence[int],
     found: Sequence[Site],
 ) -> _Built:
-    """Trace the captured graph itself, derivatives and all, under autograd: never dearer than as written."""
+    """Trace the captured graph itself, derivatives and all, under autograd: never dearer than as
+    written."""
     like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
 
     def run(inputs: list[Any]) -> list[Any]:

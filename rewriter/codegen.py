@@ -36,8 +36,8 @@ def compile_graph(module: GraphModule, backend: str, mode: str) -> Compiled:
     if not _has_compiler(module):
         warnings.warn(
             "optimize_nested: no C++ compiler was found, so the rewritten loss runs op by op. "
-            "Install one (Debian, Ubuntu: apt-get install g++; conda: gxx; macOS: xcode-select --install) "
-            "or set the environment variable CXX.",
+            "Install one (Debian, Ubuntu: apt-get install g++; conda: gxx; macOS: xcode-select "
+            "--install) or set the environment variable CXX.",
             NestedGradientWarning,
             stacklevel=2,
         )

@@ -21,7 +21,8 @@ class CaptureError(OptimizeNestedError):
 
 
 class NeedsNumber(CaptureError):
-    """A float argument that changes is used where only a Python number will do; capture anew for each value."""
+    """A float argument that changes is used where only a Python number will do; capture anew for
+    each value."""
 
 
 class OptionError(OptimizeNestedError, ValueError):

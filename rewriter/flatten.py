@@ -1,4 +1,5 @@
-"""From what Dynamo captured to the flat graph: functional ATen operators, nested derivatives as marks."""
+"""From what Dynamo captured to the flat graph: functional ATen operators, nested derivatives as
+marks."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._functorch import eager_transforms, predispatch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from passes.decompositions import dropout
 from passes.graph import placeholders, results, where
@@ -20,7 +22,8 @@ from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
 
-_C = torch._C._functorch
+_C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 aten = torch.ops.aten
 
 
@@ -44,8 +47,8 @@ class Flat:
 def flatten(captured: GraphModule) -> Flat:
     """Run a captured graph once on fake tensors and record functional ATen operators.
 
-    In-place writes are made functional, `torch.vmap` is dissolved into batched operators, `no_grad` and `detach` become ``stop``
-    marks, and each derivative becomes a ``gradient`` mark.
+    In-place writes are made functional, `torch.vmap` is dissolved into batched operators, `no_grad`
+    and `detach` become ``stop`` marks, and each derivative becomes a ``gradient`` mark.
 
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
@@ -115,10 +118,10 @@ class _Marking(Interpreter):
             _C._grad_increment_nesting: self._enter,
             _C._grad_decrement_nesting: self._leave,
             _C.set_inplace_requires_grad_allowed: lambda allowed: None,
-            torch._C._autograd._saved_tensors_hooks_disable: lambda message: None,
-            torch._C._autograd._saved_tensors_hooks_enable: lambda: None,
+            _AUTOGRAD._saved_tensors_hooks_disable: lambda message: None,
+            _AUTOGRAD._saved_tensors_hooks_enable: lambda: None,
             torch._C._set_grad_enabled: self._set_grad_enabled,
-            torch._C._autograd._get_data_attr: stop_mark,
+            _AUTOGRAD._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.dropout: dropout,
             predispatch._vmap_increment_nesting: self._enter_vmap,
@@ -160,7 +163,7 @@ class _Marking(Interpreter):
             return out
         if self.grad_enabled and not (self.depth == 0 and _is_cut(n)):
             return out
-        return torch.utils._pytree.tree_map_only(Tensor, _stopped, out)
+        return pytree.tree_map_only(Tensor, _stopped, out)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         handler = self.handlers.get(target)
@@ -202,7 +205,8 @@ class _Marking(Interpreter):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Normalise; in train mode write the running statistics as a step of its own, so that it becomes functional."""
+        """Normalise; in train mode write the running statistics as a step of its own, so that it
+        becomes functional."""
         if not training or running_mean is None or running_var is None:
             return torch.nn.functional.batch_norm(
                 x, running_mean, running_var, weight, bias, training, momentum, eps
@@ -275,7 +279,8 @@ class _Marking(Interpreter):
     def _marked(
         self, outputs: Any, inputs: Any, grad_outputs: Any, seed_dims: int
     ) -> tuple[Any, ...]:
-        """Mark the derivatives that are not None; Dynamo ran autograd on fake tensors and knows which are."""
+        """Mark the derivatives that are not None; Dynamo ran autograd on fake tensors and knows
+        which are."""
         outputs, inputs = _as_list(outputs), _as_list(inputs)
         seeds = [None] * len(outputs) if grad_outputs is None else _as_list(grad_outputs)
         seeds = [
@@ -300,7 +305,8 @@ def _stopped(x: Tensor) -> Tensor:
 
 
 def _is_cut(node: Node) -> bool:
-    """Whether autograd, run by Dynamo on fake tensors, found no gradient to pass where one comes in."""
+    """Whether autograd, run by Dynamo on fake tensors, found no gradient to pass where one comes
+    in."""
     out = example_of(node)
     if not isinstance(out, Tensor) or out.requires_grad or not out.dtype.is_floating_point:
         return False

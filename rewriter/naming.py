@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def named_values(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the arguments of a call by name, then what the function closes over and the globals it reads."""
+    """Yield the arguments of a call by name, then what the function closes over and the globals it
+    reads."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     for name, value in bound.arguments.items():
         kind = inspect.signature(function).parameters[name].kind
@@ -29,7 +30,8 @@ def named_values(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterat
 
 
 def named_tensors(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """Return parameters and tensors by name: ``model.0.weight``, ``x``, ``batch.points``, ``pair.0``; each tensor once."""
+    """Return parameters and tensors by name: ``model.0.weight``, ``x``, ``batch.points``,
+    ``pair.0``; each tensor once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in named_values(function, args, kwargs):
@@ -52,7 +54,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((str(key), item) for key, item in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        yield from zip(value._fields, value, strict=True)
+        yield from zip(value._fields, value, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(value, (list, tuple)):
         yield from ((str(index), item) for index, item in enumerate(value))
     elif not isinstance(value, (type, torch.nn.Module)) and not inspect.ismodule(value):

@@ -26,7 +26,8 @@ class Options:
         backend: ``"inductor"`` compiles the rewritten graph, ``"eager"`` runs it op by op.
         mode: Passed to Inductor.
         dynamic: As in `torch.compile`.
-        strategy: A strategy's name for all sites, or a mapping from site names to strategies; ``"auto"`` takes the cheapest.
+        strategy: A strategy's name for all sites, or a mapping from site names to strategies;
+            ``"auto"`` takes the cheapest.
         strict: Whether anything left as written is an error.
         check: Whether each new specialisation is compared with the loss as written in float64.
         enabled: False calls the loss as written.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import sympy
 from torch.fx import GraphModule
 
-from passes.nest import Site
 from passes.graph import describe, placeholders, value_of
-from passes.price import size_hints
+from passes.nest import Site
+from passes.price import evaluated, size_hints
 from rewriter.choose import AS_WRITTEN, REVERSE, Candidate
 from rewriter.rewrite import Rewritten, Stage
 
@@ -108,7 +108,7 @@ def make_report(rewritten: Rewritten) -> Report:
         stages=rewritten.stages,
         candidates=rewritten.choice.candidates,
         flops=taken.flops,
-        flops_as_written=int(rewritten.as_written.flops.subs(hints)),
+        flops_as_written=evaluated(rewritten.as_written.flops, hints),
         flops_formula=taken.price.flops,
         bytes_moved=taken.bytes_moved,
         graph=rewritten.joint,

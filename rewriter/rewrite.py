@@ -1,4 +1,5 @@
-"""The pipeline: from a captured graph to the joint graph, with a record of every stage and choice."""
+"""The pipeline: from a captured graph to the joint graph, with a record of every stage and
+choice."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Rewritten:
 
     Attributes:
         captured: What Dynamo captured; run under autograd it is the loss as written.
-        names: What each input of the captured graph is, as an expression over the function's locals and globals.
+        names: What each input of the captured graph is, as an expression over the function's locals
+            and globals.
         as_written: What one step of that costs, and which gradients it leaves.
         flat: Inputs, outputs and state of the flat graph.
         derivative: The derivative graph, every site as `passes.derivative.gradient`.
@@ -90,7 +92,8 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
         NotRewritten: With ``strict``, a site that accepts no rewriting strategy.
-        OptionError: ``strategy`` names a site that does not exist, or a strategy that a site does not accept.
+        OptionError: ``strategy`` names a site that does not exist, or a strategy that a site does
+            not accept.
     """
     keep_numbers(captured)
     stages: list[Stage] = []
@@ -148,7 +151,8 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
 
 
 def _is_one_scalar(module: GraphModule, roles: Roles) -> bool:
-    """Whether gradients can be computed before a cotangent is known: one scalar loss, they are linear in its cotangent."""
+    """Whether gradients can be computed before a cotangent is known: one scalar loss, they are
+    linear in its cotangent."""
     if len(roles.differentiable) != 1:
         return False
     loss = results(module.graph)[roles.differentiable[0]]
@@ -163,4 +167,6 @@ def _check_differentiability(module: GraphModule, roles: Roles, active: set[Node
             raise CaptureError(f"output {position} requires grad as written and not when captured")
     for result in results(module.graph)[roles.n_outputs :]:
         if isinstance(result, Node) and result in active:
-            raise CaptureError("the loss writes a value that carries a gradient to one of its inputs")
+            raise CaptureError(
+                "the loss writes a value that carries a gradient to one of its inputs"
+            )

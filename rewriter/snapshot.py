@@ -34,7 +34,7 @@ def restored_on_error(function: Callable[..., Any], args: Any, kwargs: Any) -> I
                 buffer.copy_(value)
             for parameter, grad, value in grads:
                 parameter.grad = grad
-                if grad is not None:
+                if grad is not None and value is not None:
                     grad.copy_(value)
         torch.set_rng_state(generator)
         if cuda is not None:

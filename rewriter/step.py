@@ -25,9 +25,9 @@ value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", 
 class Step:
     """Compute the loss and its gradients for inputs that pass one set of guards.
 
-    Called with the captured graph's inputs, returns its outputs. Gradients are computed with the loss and handed out by
-    ``backward()``; where the loss has several differentiable outputs, or one that is no scalar, a second graph computes them when
-    the cotangents are known.
+    Called with the captured graph's inputs, returns its outputs. Gradients are computed with the
+    loss and handed out by ``backward()``; where the loss has several differentiable outputs, or one
+    that is no scalar, a second graph computes them when the cotangents are known.
     """
 
     def __init__(self, rewritten: Rewritten, options: Options) -> None:
@@ -114,7 +114,8 @@ class Step:
 
 
 def _own(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Give the caller tensors that share no memory with the inputs' by accident of simplification."""
+    """Give the caller tensors that share no memory with the inputs' by accident of
+    simplification."""
     seen = {id(x) for x in inputs}
     result = []
     for value in outputs:
@@ -140,13 +141,11 @@ class _StepFunction(torch.autograd.Function):
         ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
         ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
         differentiable = step.roles.differentiable
-        ctx.like = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in differentiable}
+        ctx.like = {
+            i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in differentiable
+        }
         ctx.mark_non_differentiable(
-            *(
-                u
-                for i, u in enumerate(outputs)
-                if i not in differentiable and isinstance(u, Tensor)
-            )
+            *(u for i, u in enumerate(outputs) if i not in differentiable and isinstance(u, Tensor))
         )
         return tuple(outputs)
 
@@ -175,7 +174,8 @@ class _StepFunction(torch.autograd.Function):
 
 
 def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor | None) -> list[Tensor | None]:
-    """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and change them."""
+    """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and
+    change them."""
     if cotangent is None:
         return [None] * len(grads)
     factor = cotangent.reshape(())
@@ -185,7 +185,8 @@ def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor | None) -> list[Te
 
 
 def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Any]:
-    """Gradients that can be differentiated once more (`create_graph=True`): run the loss as written again, under autograd.
+    """Gradients that can be differentiated once more (`create_graph=True`): run the loss as written
+    again, under autograd.
 
     Raises:
         OptimizeNestedError: Something the loss reads was changed since.
@@ -194,12 +195,14 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
     for x, version in zip(ctx.inputs, ctx.versions, strict=True):
         if isinstance(x, Tensor) and x._version != version:
             raise OptimizeNestedError(
-                f"create_graph=True: a tensor of shape {tuple(x.shape)} that the loss reads was changed in place after the "
-                "loss was computed; compute the loss again before differentiating it twice"
+                f"create_graph=True: a tensor of shape {tuple(x.shape)} that the loss reads was "
+                "changed in place after the loss was computed; compute the loss again before "
+                "differentiating it twice"
             )
     if step.roles.updated and _reads_updated_state(step):
         raise OptimizeNestedError(
-            "create_graph=True: the value of this loss depends on a buffer that it also updates; call loss.as_written instead"
+            "create_graph=True: the value of this loss depends on a buffer that it also updates; "
+            "call loss.as_written instead"
         )
     inputs = list(ctx.inputs)
     for position in step.roles.updated:
@@ -224,7 +227,8 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
 
 
 def _reads_updated_state(step: Step) -> bool:
-    """Whether an output or a gradient depends on the old value of an input that the loss writes to."""
+    """Whether an output or a gradient depends on the old value of an input that the loss writes
+    to."""
     joint = step.rewritten.joint
     found = results(joint.graph)
     read = needs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,9 @@ class Residual(nn.Module):
 
 
 def _mlp(activation: Callable[[], nn.Module]) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 2))
+    return nn.Sequential(
+        nn.Linear(3, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 2)
+    )
 
 
 def _points(*shape: int) -> Callable[[], Tensor]:
@@ -130,8 +133,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Mish,
-        nn.Softsign, nn.Tanhshrink, nn.LogSigmoid, nn.SELU, nn.CELU, nn.Hardtanh, nn.ReLU6, nn.PReLU,
-        nn.Softshrink, nn.Hardswish, nn.Hardshrink,
+        nn.Softsign, nn.Tanhshrink, nn.LogSigmoid, nn.SELU, nn.CELU, nn.Hardtanh, nn.ReLU6,
+        nn.PReLU, nn.Softshrink, nn.Hardswish, nn.Hardshrink,
     )
 }  # fmt: skip
 ACTIVATIONS["GELU_tanh"] = lambda: nn.GELU(approximate="tanh")
@@ -147,7 +150,9 @@ NETWORKS |= {
         _points(5, 3),
     ),
     "group_norm": (
-        lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv1d(4, 1, 2)),
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv1d(4, 1, 2)
+        ),
         _points(3, 2, 7),
     ),
     "instance_norm": (
@@ -159,11 +164,19 @@ NETWORKS |= {
         _points(6, 3),
     ),
     "batch_norm_eval": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).eval(),
+        lambda: nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+        ).eval(),
         _points(6, 3),
     ),
     "batch_norm_2d": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.Linear(48, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(48, 1),
+        ),
         _points(3, 2, 4, 4),
     ),
     "dropout": (
@@ -172,8 +185,12 @@ NETWORKS |= {
     ),
     "conv_strided": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(4, 4, 3, groups=2), nn.SiLU(), nn.Flatten(), nn.Linear(16, 1)
+            nn.Conv2d(2, 4, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(16, 1),
         ),
         _points(2, 2, 8, 8),
     ),
@@ -182,14 +199,29 @@ NETWORKS |= {
         _points(2, 2, 3, 3),
     ),
     "max_pool": (
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.MaxPool2d(2),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(12, 1),
+        ),
         _points(3, 1, 4, 4),
     ),
     "avg_pool": (
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.AvgPool2d(2), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.AvgPool2d(2),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ),
         _points(3, 1, 4, 4),
     ),
-    "softmax": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(dim=1), nn.Linear(4, 1)), _points(5, 3)),
+    "softmax": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(dim=1), nn.Linear(4, 1)),
+        _points(5, 3),
+    ),
     "log_softmax": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(dim=1)), _points(5, 3)),
     "glu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GLU(), nn.Linear(2, 1)), _points(5, 3)),
     "residual": (lambda: Residual(), _points(5, 3)),
@@ -203,10 +235,15 @@ NETWORKS |= {
     ),
     "embedding": (Embedded, _points(6, 2)),
     "upsample": (
-        lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Upsample(scale_factor=2), nn.Tanh(), nn.Conv2d(2, 1, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Upsample(scale_factor=2),
+            nn.Tanh(),
+            nn.Conv2d(2, 1, 3),
+        ),
         _points(2, 1, 3, 3),
     ),
-}  # fmt: skip
+}
 
 
 class WrittenNorm(nn.Module):
@@ -242,7 +279,8 @@ class WrittenNorm(nn.Module):
 
 
 def with_written_norms(net: nn.Module) -> nn.Module:
-    """Return the network with its norm layers in train mode replaced by their formulas; names of parameters stay."""
+    """Return the network with its norm layers in train mode replaced by their formulas; names of
+    parameters stay."""
     norms = (nn.LayerNorm, nn.InstanceNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)
     for name, child in list(net.named_children()):
         if isinstance(child, norms) and child.training:
@@ -259,9 +297,11 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     return network().double(), points()
 
 
-def mlp(activation: Callable[[], nn.Module], layers: int = 6, width: int = 64, inputs: int = 64) -> nn.Module:
+def mlp(
+    activation: Callable[[], nn.Module], layers: int = 6, width: int = 64, inputs: int = 64
+) -> nn.Module:
     """Return a multilayer perceptron with a scalar output, in float64."""
     torch.manual_seed(5)
     sizes: list[Any] = [inputs, *[width] * (layers - 1)]
-    inner = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), activation())]
+    inner = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), activation())]
     return nn.Sequential(*inner, nn.Linear(sizes[-1], 1)).double()

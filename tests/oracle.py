@@ -26,8 +26,11 @@ class Outcome:
     generator: Tensor
 
 
-def outcome(loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwargs: dict) -> Outcome:
-    """Run ``loss(*modules, *args)`` and ``.backward()`` on copies; return value, gradients, buffers and the generator."""
+def outcome(
+    loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwargs: dict
+) -> Outcome:
+    """Run ``loss(*modules, *args)`` and ``.backward()`` on copies; return value, gradients, buffers
+    and the generator."""
     own = copy.deepcopy(modules)
     tensors = [_copy(x) for x in args]
     torch.manual_seed(SEED)
@@ -35,10 +38,12 @@ def outcome(loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwa
         value = loss(*own, *tensors, **kwargs)
         if isinstance(value, Tensor) and value.requires_grad:
             value.backward()
-    grads = {
-        f"{i}.{name}": p.grad for i, m in enumerate(own) for name, p in m.named_parameters()
+    grads = {f"{i}.{name}": p.grad for i, m in enumerate(own) for name, p in m.named_parameters()}
+    grads |= {
+        f"argument {i}": x.grad
+        for i, x in enumerate(tensors)
+        if isinstance(x, Tensor) and x.is_leaf
     }
-    grads |= {f"argument {i}": x.grad for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_leaf}
     buffers = {f"{i}.{name}": b for i, m in enumerate(own) for name, b in m.named_buffers()}
     return Outcome(value.detach(), grads, buffers, torch.get_rng_state())
 
@@ -48,16 +53,20 @@ def _copy(x: Any) -> Any:
 
 
 def relative_error(mine: Tensor | None, reference: Tensor | None, floor: float = 0.0) -> float:
-    """Return the largest difference over the largest reference entry; infinite where only one of the two exists.
+    """Return the largest difference over the largest reference entry; infinite where only one of
+    the two exists.
 
-    ``floor`` bounds that entry from below: a gradient that is zero but for rounding has no relative error of its own.
+    ``floor`` bounds that entry from below: a gradient that is zero but for rounding has no relative
+    error of its own.
     """
     if mine is None or reference is None:
         return 0.0 if mine is reference else float("inf")
     if mine.numel() == 0:
         return 0.0
     if not torch.isfinite(reference).all():
-        same = torch.equal(mine.isnan(), reference.isnan()) and torch.equal(mine.isinf(), reference.isinf())
+        same = torch.equal(mine.isnan(), reference.isnan()) and torch.equal(
+            mine.isinf(), reference.isinf()
+        )
         return 0.0 if same else float("inf")
     difference = (mine.double() - reference.double()).abs().max().item()
     size = max(reference.double().abs().max().item(), floor)
@@ -88,8 +97,8 @@ def check(
 ) -> OptimizedLoss:
     """Compare a loss with itself as written, twice in a row, and return the decorated loss.
 
-    ``reference`` stands in for the modules where PyTorch's own derivative is wrong. The loss must have been captured: one that falls
-    back warns, and warnings are errors here.
+    ``reference`` stands in for the modules where PyTorch's own derivative is wrong. The loss must
+    have been captured: one that falls back warns, and warnings are errors here.
     """
     decorated = optimize_nested(loss, **({"backend": "eager"} | options))
     for _ in range(2):
@@ -99,7 +108,9 @@ def check(
     return decorated
 
 
-def flops_per_forward(loss: OptimizedLoss, net: nn.Module, *args: Any, forward: Any = None) -> float:
+def flops_per_forward(
+    loss: OptimizedLoss, net: nn.Module, *args: Any, forward: Any = None
+) -> float:
     """Return the rewritten step's FLOPs in forward passes of ``net``."""
     from passes.price import FlopCounter
 

@@ -54,7 +54,9 @@ def test_penalty(activation: Callable[[], nn.Module]) -> None:
 
 @pytest.mark.parametrize("activation", [*SMOOTH, *PIECEWISE])
 @pytest.mark.parametrize("loss", [one_forward, two_forwards, func_form])
-def test_penalty_with_data(loss: Callable[..., Tensor], activation: Callable[[], nn.Module]) -> None:
+def test_penalty_with_data(
+    loss: Callable[..., Tensor], activation: Callable[[], nn.Module]
+) -> None:
     net, x = mlp(activation), torch.randn(128, 64, dtype=torch.float64)
     assert flops_per_forward(check(loss, [net], x), net, x) <= 6.05
 
@@ -85,7 +87,8 @@ def test_each_strategy_by_name(strategy: str) -> None:
 
 
 def test_never_dearer_than_written() -> None:
-    """A seed computed from the body makes the rewritten forms dearer, so the loss as written is taken."""
+    """A seed computed from the body makes the rewritten forms dearer, so the loss as written is
+    taken."""
 
     def seeded_by_itself(net: nn.Module, x: Tensor) -> Tensor:
         u, pull = torch.func.vjp(net, x)

@@ -59,7 +59,8 @@ def pages() -> list[str]:
 
 
 def script_of(text: str) -> str:
-    """Return a page's Python blocks as one script, each on its own lines; blocks marked `no test` are left out."""
+    """Return a page's Python blocks as one script, each on its own lines; blocks marked `no test`
+    are left out."""
     lines = [""] * len(text.splitlines())
     for block in fenced_blocks(text):
         if block.language == "python" and block.skip_reason is None:

@@ -91,7 +91,8 @@ def _rank(node: Any) -> int:
 
 
 def drop_aliases(graph: Graph) -> int:
-    """Drop what changes nothing: ``alias(x) → x``, a view to the same shape, ``x·1``, ``x+0``, a permutation and its inverse."""
+    """Drop what changes nothing: ``alias(x) → x``, a view to the same shape, ``x·1``, ``x+0``, a
+    permutation and its inverse."""
     changes = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.users:
@@ -108,4 +109,3 @@ def drop_aliases(graph: Graph) -> int:
         graph.erase_node(node)
         changes += 1
     return changes
-

@@ -16,7 +16,8 @@ COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.mini
 
 
 def merge_common(graph: Graph) -> int:
-    """Merge nodes that call the same operator on the same arguments, in either order where the operator commutes."""
+    """Merge nodes that call the same operator on the same arguments, in either order where the
+    operator commutes."""
     seen: dict[Any, Node] = {}
     changes = 0
     for node in list(graph.nodes):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import value_of
+from passes.graph import arguments, value_of
 from passes.simplify.aliases import _equal
 
 aten = torch.ops.aten
@@ -19,14 +19,15 @@ _FILLED = {aten.full.default, aten.full_like.default, aten.new_full.default}
 
 # Zero if the first argument is.
 _KEEPS = {
-    aten.alias.default, aten.neg.default, aten.view.default, aten._unsafe_view.default, aten.expand.default,
-    aten.permute.default, aten.t.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.slice.Tensor, aten.sum.default,
-    aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.clone.default, aten._to_copy.default,
-    aten.constant_pad_nd.default, aten.mul.Scalar, aten.div.Scalar, aten.sqrt.default, aten.abs.default,
-    aten.tanh.default, aten.sin.default, aten.relu.default, aten.select_backward.default,
-    aten.slice_backward.default, aten.index.Tensor, aten.gather.default, aten.cumsum.default,
-    aten.flip.default, aten.repeat.default, aten.diagonal.default, aten.div.Tensor, aten.reshape.default,
+    aten.alias.default, aten.neg.default, aten.view.default, aten._unsafe_view.default,
+    aten.expand.default, aten.permute.default, aten.t.default, aten.transpose.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
+    aten.select.int, aten.slice.Tensor, aten.sum.default, aten.sum.dim_IntList, aten.mean.default,
+    aten.mean.dim, aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default,
+    aten.mul.Scalar, aten.div.Scalar, aten.sqrt.default, aten.abs.default, aten.tanh.default,
+    aten.sin.default, aten.relu.default, aten.select_backward.default, aten.slice_backward.default,
+    aten.index.Tensor, aten.gather.default, aten.cumsum.default, aten.flip.default,
+    aten.repeat.default, aten.diagonal.default, aten.div.Tensor, aten.reshape.default,
     aten.convolution_backward.default, aten.embedding_dense_backward.default, aten.detach.default,
 }  # fmt: skip
 # Zero if either of the first two is.
@@ -41,7 +42,10 @@ _JOINS = {
 def _is_made_of_zeros(node: Node) -> bool:
     if node.target in _MADE:
         return True
-    return node.target in _FILLED and node.args[1] == 0 and not isinstance(node.args[1], Node)
+    if node.target not in _FILLED:
+        return False
+    filling = arguments(node)[1]
+    return not isinstance(filling, Node) and bool(filling == 0)
 
 
 def zero_nodes(graph: Graph) -> set[Node]:
@@ -54,7 +58,7 @@ def zero_nodes(graph: Graph) -> set[Node]:
         return isinstance(item, (int, float)) and item == 0
 
     def derived(node: Node) -> bool:
-        target, args = node.target, node.args
+        target, args = node.target, arguments(node)
         if target in _KEEPS:
             if target is aten.constant_pad_nd.default and len(args) > 2 and args[2] != 0:
                 return False
@@ -85,7 +89,8 @@ def _is_float(node: Node) -> bool:
 
 
 def drop_zeros(graph: Graph) -> int:
-    """Drop sums with zero, and make every zero that is still read a constant: ``0 + x → x``, ``mm(0, W) → 0``.
+    """Drop sums with zero, and make every zero that is still read a constant: ``0 + x → x``,
+    ``mm(0, W) → 0``.
 
     ``0·x`` is taken to be 0 also where ``x`` is infinite, as symbolic zeros are.
     """
@@ -151,9 +156,7 @@ def _drop_product(graph: Graph, node: Node, zeros: set[Node]) -> int:
         kept: Node = shift
         if not _fits(shift, node):
             with graph.inserting_before(node):
-                kept = graph.call_function(
-                    aten.expand.default, (shift, list(value_of(node).shape))
-                )
+                kept = graph.call_function(aten.expand.default, (shift, list(value_of(node).shape)))
             kept.meta = dict(node.meta)
     elif shift in zeros:
         product: Callable[..., Any] = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
-from passes.graph import copy_graph, is_float, placeholders, value_of
+from passes.graph import arguments, copy_graph, is_float, placeholders, value_of
 from passes.linearize import linearize
 from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.simplify import simplify
@@ -35,10 +35,12 @@ class _Parts:
 
 
 class JvpOverGradient(Strategy):
-    """Pull a site back by one JVP over the gradient of ``φ(x, θ, c, e) = ⟨c, f(x, θ)⟩ + ⟨e, other values⟩`` at ``e = 0``.
+    """Pull a site back by one JVP over the gradient of ``φ(x, θ, c, e) = ⟨c, f(x, θ)⟩ + ⟨e, other
+    values⟩`` at ``e = 0``.
 
-    A cotangent ``v`` of ``∇ₓφ`` moves the point, a cotangent ``ū`` of a value moves that value's seed, and because the Hessian of
-    φ is symmetric the tangents of ``∇φ`` in that direction are the gradients of everything φ reads.
+    A cotangent ``v`` of ``∇ₓφ`` moves the point, a cotangent ``ū`` of a value moves that value's
+    seed, and because the Hessian of φ is symmetric the tangents of ``∇φ`` in that direction are the
+    gradients of everything φ reads.
     """
 
     name = "jvp_over_gradient"
@@ -47,9 +49,11 @@ class JvpOverGradient(Strategy):
         self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
     ) -> dict[str, str]:
         """Replace ``gradient(body, …)`` by ``jvp_over_gradient(P, T, …)``."""
-        _, n_points, n_outputs, seed_dims, *inputs = node.args
+        _, n_points, n_outputs, seed_dims, *inputs = arguments(node)
         if seed_dims:
-            raise Refused("several seeds are pulled back at once; their tangents are not batched yet")
+            raise Refused(
+                "several seeds are pulled back at once; their tangents are not batched yet"
+            )
         parts = _Parts(
             inputs[:n_points],
             inputs[n_points : len(inputs) - n_outputs],
@@ -58,7 +62,7 @@ class JvpOverGradient(Strategy):
         )
         if any(value_of(n).is_complex() for n in parts.inputs if isinstance(value_of(n), Tensor)):
             raise Refused("complex tensors: the symmetry of the Hessian is not proven")
-        used = sorted({item.args[1] for item in node.users})
+        used = sorted({arguments(item)[1] for item in node.users})
         name = node.meta["site"].name
         body, taken = self._inner_sites_built(body_of(module, node), parts, active, wish)
         try:
@@ -161,7 +165,9 @@ class JvpOverGradient(Strategy):
                     inputs[i] = inputs[i].detach().requires_grad_()
                 results = body(*inputs[: n_points + n_captured])
                 pairs = [*zip(results[: parts.n_outputs], seeds, strict=True)]
-                pairs += [(results[i - n_points], e) for i, e in zip(extra, seeds_of_extra, strict=True)]
+                pairs += [
+                    (results[i - n_points], e) for i, e in zip(extra, seeds_of_extra, strict=True)
+                ]
                 pairs = [(u, c) for u, c in pairs if u.requires_grad]
                 at = [inputs[i] for i in [*range(n_points), *captured]]
                 grads = _gradients(pairs, at)
@@ -176,9 +182,7 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Te
     if not pairs:
         return tuple(torch.zeros_like(x) for x in at)
     outputs, seeds = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        outputs, at, seeds, allow_unused=True, materialize_grads=True
-    )
+    return torch.autograd.grad(outputs, at, seeds, allow_unused=True, materialize_grads=True)
 
 
 def _example(read: Any) -> Any:

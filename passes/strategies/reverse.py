@@ -1,4 +1,5 @@
-"""Reverse mode over reverse mode: what `autograd.grad(..., create_graph=True)` does, in the joint graph."""
+"""Reverse mode over reverse mode: what `autograd.grad(..., create_graph=True)` does, in the joint
+graph."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from passes.strategies.base import Strategy
 
 
 class Reverse(Strategy):
-    """Leave the node to autograd: the pullback of a gradient is reverse mode over its traced operators. Applies to every site."""
+    """Leave the node to autograd: the pullback of a gradient is reverse mode over its traced
+    operators. Applies to every site."""
 
     name = "reverse"
 

@@ -107,7 +107,9 @@ def linear_cases() -> Iterator[Case]:
     yield Case(aten.slice_scatter.default, (x, normal(3, 2), 1, 0, 4, 2))
     yield Case(aten.mean.dim, (x, [0], True))
     yield Case(aten.sum.dim_IntList, (x, [1]))
-    yield Case(aten.sum.dim_IntList, (normal(2, dtype=torch.float32), [0]), {"dtype": torch.float64})
+    yield Case(
+        aten.sum.dim_IntList, (normal(2, dtype=torch.float32), [0]), {"dtype": torch.float64}
+    )
     yield Case(aten.permute.default, (plane, [2, 0, 1]))
     yield Case(aten.transpose.int, (plane, 0, 2))
     yield Case(aten.roll.default, (x, [1], [1]))
@@ -117,9 +119,7 @@ def linear_cases() -> Iterator[Case]:
     yield Case(aten.slice_backward.default, (normal(3, 2), [3, 4], 1, 0, 4, 2))
     yield Case(aten.select_backward.default, (normal(4), [3, 4], 0, 1))
     yield Case(aten.embedding.default, (x, integers([0, 2], [2, 2])))
-    yield Case(
-        aten.embedding_dense_backward.default, (normal(2, 4), integers(0, 0), 3, -1, False)
-    )
+    yield Case(aten.embedding_dense_backward.default, (normal(2, 4), integers(0, 0), 3, -1, False))
     yield Case(aten.split.Tensor, (x, 3, 1))
     yield Case(aten.split_with_sizes.default, (x, [1, 3], 1))
     yield Case(aten.unbind.int, (x, 1))
@@ -317,7 +317,8 @@ def tensors_of(case: Case) -> list[Tensor]:
 def one_op_graph(case: Case) -> GraphModule:
     """A graph of one operator: its tensors are inputs, its results (one by one) outputs."""
     graph = Graph()
-    args = pytree.tree_map_only(Tensor, lambda x: graph.placeholder("x"), case.args)
+    names = map("x{}".format, itertools.count())
+    args = pytree.tree_map_only(Tensor, lambda x: graph.placeholder(next(names)), case.args)
     node = graph.call_function(case.target, args, case.kwargs)
     example = case.target(*case.args, **case.kwargs)
     if isinstance(example, (tuple, list)):
@@ -460,7 +461,8 @@ AT_A_KINK = [
 
 @pytest.mark.parametrize("case", AT_A_KINK, ids=lambda case: str(case.target))
 def test_same_convention_as_reverse_mode(case: Case) -> None:
-    """Where there is no derivative the JVP over the gradient must mean what reverse over reverse means."""
+    """Where there is no derivative the JVP over the gradient must mean what reverse over reverse
+    means."""
     for position in range(len(tensors_of(case))):
         expected = reverse_mode(case, position)
         out = case.target(*case.args, **case.kwargs)

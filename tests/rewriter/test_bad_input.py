@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import CaptureError, CheckFailed, NestedGradientWarning, NotRewritten, optimize_nested
-from rewriter import codegen
-from rewriter.errors import OptionError
 from passes.simplify import common
+from rewriter import (
+    CaptureError,
+    CheckFailed,
+    NestedGradientWarning,
+    NotRewritten,
+    codegen,
+    optimize_nested,
+)
+from rewriter.errors import OptionError
 from tests.cases import mlp
 
 
@@ -89,7 +95,9 @@ def test_strategy_that_a_site_does_not_accept(x: Tensor) -> None:
 
     net = mlp(nn.Tanh, 3, 4, 2)
     loss = optimize_nested(jacobian, backend="eager", strategy="jvp_over_gradient")
-    with pytest.raises(OptionError, match="does not accept 'jvp_over_gradient'.*It accepts reverse"):
+    with pytest.raises(
+        OptionError, match=r"does not accept 'jvp_over_gradient'.*It accepts reverse"
+    ):
         loss(net, x)
     with pytest.raises(NotRewritten, match="would stay as written"):
         optimize_nested(jacobian, backend="eager", strict=True)(net, x)
@@ -139,7 +147,7 @@ def test_error_in_the_loss(net: nn.Module, x: Tensor) -> None:
 def test_wrong_shapes(net: nn.Module) -> None:
     wide = torch.randn(5, 3, dtype=torch.float64)
     state = Untouched(net)
-    with pytest.raises(RuntimeError, match="shape|size"):
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         optimize_nested(penalty, backend="eager")(net, wide)
     state.verify()
 
@@ -157,7 +165,9 @@ def host_code(net: nn.Module, x: Tensor) -> Tensor:
 def test_not_capturable(x: Tensor) -> None:
     net = mlp(nn.Tanh, 3, 4, 2)
     loss = optimize_nested(host_code, backend="eager")
-    with pytest.warns(NestedGradientWarning, match=r"host_code runs as written: .*test_bad_input.py:\d+"):
+    with pytest.warns(
+        NestedGradientWarning, match=r"host_code runs as written: .*test_bad_input.py:\d+"
+    ):
         value = loss(net, x)
     assert torch.equal(value.detach(), host_code(net, x).detach())
     loss(net, x)  # a second warning would be an error

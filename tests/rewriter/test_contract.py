@@ -304,7 +304,8 @@ def test_differentiated_from_outside_after_a_change(net: nn.Module, x: Tensor) -
 
 
 def test_changing_numbers(net: nn.Module, x: Tensor) -> None:
-    """Floats do not cost a recompile each; where only a Python number will do, they cost one each and stay right."""
+    """Floats do not cost a recompile each; where only a Python number will do, they cost one each
+    and stay right."""
 
     def weighted(net: nn.Module, x: Tensor, weight: float) -> Tensor:
         return weight**2 * penalty(net, x)
@@ -368,7 +369,9 @@ def test_explain_runs_nothing(x: Tensor) -> None:
 
 
 def test_report_graph_runs(x: Tensor) -> None:
-    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+    net = nn.Sequential(
+        nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1)
+    ).double()
     report = eager(penalty).explain(net, x)
     inputs = [n.meta["val"] for n in report.graph.graph.find_nodes(op="placeholder")]
     by_shape = {tuple(p.shape): p for p in [x, *net.parameters()]}

@@ -37,7 +37,12 @@ def keyword_arguments(net: nn.Module, x: Tensor) -> Tensor:
 @form
 def grad_outputs(net: nn.Module, x: Tensor) -> Tensor:
     u = net(x)
-    (g,) = grad(u, x, grad_outputs=torch.linspace(0, 1, 5, dtype=x.dtype)[:, None].expand_as(u), create_graph=True)
+    (g,) = grad(
+        u,
+        x,
+        grad_outputs=torch.linspace(0, 1, 5, dtype=x.dtype)[:, None].expand_as(u),
+        create_graph=True,
+    )
     return g.square().sum()
 
 
@@ -335,7 +340,10 @@ def vmap_hessian_by_jacrev(net: nn.Module, x: Tensor) -> Tensor:
 def functional_call(net: nn.Module, x: Tensor) -> Tensor:
     parameters = dict(net.named_parameters())
     inner = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().mean())
-    step = {name: p - 0.1 * g for (name, p), g in zip(parameters.items(), inner(parameters).values(), strict=True)}
+    step = {
+        name: p - 0.1 * g
+        for (name, p), g in zip(parameters.items(), inner(parameters).values(), strict=True)
+    }
     return torch.func.functional_call(net, step, (x,)).square().mean()
 
 
@@ -351,7 +359,13 @@ def test_form(loss: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("loss", FORMS, ids=lambda f: f.__name__)
 def test_form_with_a_dynamic_batch(loss: Callable[..., Tensor]) -> None:
-    if loss.__name__ in ("grad_outputs", "row_by_row", "batched_seeds", "in_place_in_the_loss", "interpolates"):
+    if loss.__name__ in (
+        "grad_outputs",
+        "row_by_row",
+        "batched_seeds",
+        "in_place_in_the_loss",
+        "interpolates",
+    ):
         pytest.skip("the loss itself fixes the batch size")
     net = mlp(nn.Tanh, 3, 6, 2)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
