@@ -236,7 +236,7 @@ def source_name(placeholder: Node) -> str:
     and globals."""
     argument = placeholder.meta.get("grapharg")
     name: Any = getattr(getattr(argument, "source", None), "name", None)
-    return (name() if callable(name) else name) or placeholder.name
+    return str(name() if callable(name) else name or placeholder.name)
 
 
 def is_transformed() -> bool:

@@ -1,0 +1,62 @@
+"""A small set goes through Inductor: the compiled step gives the numbers of the loss as written."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from rewriter import optimize_nested
+from tests.cases import mlp, with_written_norms
+from tests.oracle import check
+
+pytestmark = pytest.mark.inductor
+
+
+def everything(net: nn.Module, x: Tensor) -> Tensor:
+    """Penalty, data loss, second order, BatchNorm statistics and dropout's draw in one."""
+    p = x.detach().requires_grad_()
+    u = net(p)
+    (g,) = grad(u.sum(), p, create_graph=True)
+    (h,) = grad(g[:, 0].sum(), p, create_graph=True)
+    return (u + h[:, 1:]).square().mean() + g.square().sum()
+
+
+def test_state_and_generator() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0.3), nn.BatchNorm1d(6), nn.Linear(6, 1)
+    ).double()
+    reference = with_written_norms(copy.deepcopy(net))
+    x = torch.randn(7, 2, dtype=torch.float64)
+    check(everything, [net], x, reference=[reference], backend="inductor")
+
+
+def test_dynamic_batch() -> None:
+    net = mlp(nn.SiLU, 3, 6, 2)
+    loss = None
+    for size in (5, 7, 9):
+        x = torch.randn(size, 2, dtype=torch.float64)
+        loss = loss or check(everything, [net], x, backend="inductor", dynamic=True)
+        reference = everything(net, x)
+        assert torch.allclose(loss(net, x), reference, rtol=1e-9)
+    assert loss is not None and len(loss.steps) == 1
+
+
+def test_two_graphs() -> None:
+    """A loss that is no scalar is cut into a forward and a backward graph."""
+    net, other = mlp(nn.Tanh, 3, 6, 2), mlp(nn.Tanh, 3, 6, 2)
+    x = torch.randn(5, 2, dtype=torch.float64)
+
+    def per_sample(net: nn.Module, x: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        return grad(net(p).sum(), p, create_graph=True)[0].square().sum(1)
+
+    weights = torch.linspace(0, 1, 5, dtype=torch.float64)
+    optimize_nested(per_sample)(net, x).backward(weights)
+    per_sample(other, x).backward(weights)
+    for mine, reference in zip(net.parameters(), other.parameters(), strict=True):
+        assert mine.grad is reference.grad or torch.allclose(mine.grad, reference.grad, rtol=1e-9)
