@@ -79,7 +79,7 @@ def where(node: Node) -> str:
     """Return ``file:line: code`` of the innermost frame, outside of torch, that made this node."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     found = "?"
-    for line, code in zip(lines, [*lines[1:], ""], strict=True):
+    for line, code in zip(lines, [*lines[1:], ""], strict=False):
         if not line.startswith("File "):
             continue
         path, _, rest = line.removeprefix('File "').partition('", line ')

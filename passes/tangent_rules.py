@@ -363,6 +363,16 @@ def _clamp(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) ->
     return torch.where(inside, along[0], 0)
 
 
+# Rules that hold for complex tensors as they stand; for all others their formula is that of real numbers.
+REAL_LINEAR = {
+    *LINEAR,
+    *BILINEAR,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.add.Scalar,
+    operator.getitem,
+}
+
 RULES: dict[Any, Callable[[Any, Any, tuple, dict, tuple], Any]] = {
     **dict.fromkeys(LINEAR, _linear),
     **dict.fromkeys(BILINEAR, _bilinear),
@@ -410,16 +420,25 @@ def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -
         NoRule: There is no rule for the operator, here or in PyTorch.
     """
     if target is operator.getitem:
-        return along[0][args[1]]
+        tangent = along[0][args[1]]
+        if isinstance(tangent, NotDifferentiable):
+            raise NoRule(tangent.target, f"its result {args[1]} has no derivative")
+        return tangent
     if target in ZERO or not _can_move(out):
         return None
+    if target not in REAL_LINEAR and _is_complex([out, args]):
+        return _pytorch_rule(target, out, args, kwargs, along)
     if target in RULES:
         return RULES[target](target, out, args, kwargs, along)
     if target in FROM_BACKWARD:
         return FROM_BACKWARD[target](along[0], out, *args, **kwargs)
     if target in ELEMENTWISE:
         return along[0] * ELEMENTWISE[target](out, args[0])
-    return _pytorch_rule(target, args, kwargs, along)
+    return _pytorch_rule(target, out, args, kwargs, along)
+
+
+def _is_complex(values: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.dtype.is_complex for x in pytree.tree_leaves(values))
 
 
 def _can_move(out: Any) -> bool:
@@ -429,7 +448,14 @@ def _can_move(out: Any) -> bool:
     )
 
 
-def _pytorch_rule(target: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
+class NotDifferentiable:
+    """In place of the tangent of a result that PyTorch does not differentiate, though it depends on what moves."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+
+def _pytorch_rule(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
     """Apply PyTorch's own forward-mode rule for one operator."""
     try:
         with forward_ad.dual_level():
@@ -444,6 +470,15 @@ def _pytorch_rule(target: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
                 is_leaf=lambda x: x is None,
             )
             moved = target(*dual, **kwargs)
-            return pytree.tree_map_only(Tensor, lambda x: forward_ad.unpack_dual(x).tangent, moved)
+            tangents = pytree.tree_map_only(
+                Tensor, lambda x: forward_ad.unpack_dual(x).tangent, moved
+            )
     except (RuntimeError, NotImplementedError) as error:
         raise NoRule(target, str(error).splitlines()[0]) from error
+    if not isinstance(out, (tuple, list)):
+        return tangents
+    # A factorisation kept for the backward pass is not differentiated; it is not constant either.
+    return tuple(
+        NotDifferentiable(target) if t is None and _can_move(value) else t
+        for value, t in zip(out, tangents, strict=True)
+    )

@@ -58,14 +58,21 @@ def flatten(captured: GraphModule) -> Flat:
     marking = _Marking(captured)
 
     def run(*values: Any) -> Any:
-        with torch.no_grad():
-            return marking.run(*values, enable_io_processing=False)
+        try:
+            with torch.no_grad():
+                return marking.run(*values, enable_io_processing=False)
+        finally:
+            marking.unwind()
 
     module = trace_before_autograd(run, constants, fake_mode_of(examples))
     for node in module.graph.find_nodes(
         op="call_function", target=aten._local_scalar_dense.default
     ):
         raise NeedsNumber("a Python number is needed", where(node))
+    for node in module.graph.find_nodes(
+        op="call_function", target=aten._embedding_bag_forward_only.default
+    ):
+        node.target = aten._embedding_bag.default  # the form that autograd differentiates
     flatten_output(module.graph)
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.target = STOP
@@ -124,6 +131,8 @@ class _Marking(Interpreter):
             _AUTOGRAD._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.dropout: dropout,
+            predispatch._jvp_increment_nesting: self._enter_jvp,
+            predispatch._enter_dual_level: self._enter_jvp,
             predispatch._vmap_increment_nesting: self._enter_vmap,
             predispatch._vmap_decrement_nesting: self._leave_vmap,
             predispatch._add_batch_dim: self._add_batch_dim,
@@ -226,6 +235,9 @@ class _Marking(Interpreter):
     def _leave(self) -> None:
         self.depth -= 1
 
+    def _enter_jvp(self, *args: Any) -> None:
+        raise CaptureError("forward mode in the loss is not captured", where(self.node_running))
+
     def _enter_vmap(self, batch_size: Any, randomness: str) -> None:
         self.depth += 1
         level = predispatch._vmap_increment_nesting(batch_size, randomness)
@@ -236,6 +248,11 @@ class _Marking(Interpreter):
         self.depth -= 1
         self.vmaps.pop()
         predispatch._vmap_decrement_nesting()
+
+    def unwind(self) -> None:
+        """Leave the transforms that an error left open."""
+        while self.vmaps:
+            self._leave_vmap()
 
     def _add_batch_dim(self, x: Tensor, dim: int, level: int) -> Tensor:
         return predispatch._add_batch_dim(x, dim, self.level_at[level])

@@ -32,11 +32,15 @@ _KEEPS = {
 }  # fmt: skip
 # Zero if either of the first two is.
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
-# Zero if all tensors in the arguments are.
+# Zero if all arguments at these positions are.
 _JOINS = {
-    aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default,
-    aten.diagonal_scatter.default, aten.scatter_add.default,
-}  # fmt: skip
+    aten.cat.default: (0,),
+    aten.stack.default: (0,),
+    aten.slice_scatter.default: (0, 1),
+    aten.select_scatter.default: (0, 1),
+    aten.diagonal_scatter.default: (0, 1),
+    aten.scatter_add.default: (0, 3),
+}
 
 
 def _is_made_of_zeros(node: Node) -> bool:
@@ -57,6 +61,9 @@ def zero_nodes(graph: Graph) -> set[Node]:
             return item in zeros
         return isinstance(item, (int, float)) and item == 0
 
+    def as_list(item: Any) -> list[Any]:
+        return list(item) if isinstance(item, (list, tuple)) else [item]
+
     def derived(node: Node) -> bool:
         target, args = node.target, arguments(node)
         if target in _KEEPS:
@@ -72,7 +79,9 @@ def zero_nodes(graph: Graph) -> set[Node]:
         if target is aten.convolution.default:
             return (is_zero(args[0]) or is_zero(args[1])) and (args[2] is None or is_zero(args[2]))
         if target in _JOINS:
-            return all(is_zero(read) for read in node.all_input_nodes if _is_float(read))
+            return all(
+                is_zero(part) for position in _JOINS[target] for part in as_list(args[position])
+            )
         if getattr(target, "__name__", "") == "getitem":
             return is_zero(args[0])
         return False
@@ -81,11 +90,6 @@ def zero_nodes(graph: Graph) -> set[Node]:
         if node.op == "call_function" and (_is_made_of_zeros(node) or derived(node)):
             zeros.add(node)
     return zeros
-
-
-def _is_float(node: Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype.is_floating_point
 
 
 def drop_zeros(graph: Graph) -> int:
