@@ -17,7 +17,9 @@ from passes.graph import (
     is_float,
     is_random,
     needs,
+    placeholders,
     reaches,
+    results,
     value_of,
     where,
 )
@@ -47,16 +49,39 @@ class Site:
     where: str
 
 
-def active_nodes(graph: Graph, requiring_grad: set[Node]) -> set[Node]:
-    """Return the nodes that carry a gradient from the given inputs: float tensors, not behind a
-    stop."""
-    return reaches(
-        requiring_grad,
-        through=lambda node: (
-            node.target not in (STOP, LEAF, derivative.stop)
-            and (is_float(node) or isinstance(value_of(node), (tuple, list)))
-        ),
-    )
+def active_nodes(module: GraphModule, requiring_grad: set[Node]) -> set[Node]:
+    """Return the nodes that carry a gradient from the given inputs.
+
+    Float tensors that depend on one of them, not behind a stop. A value that leaves a derivative
+    node carries one if it does inside the body.
+    """
+    active = set(requiring_grad)
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not active.intersection(node.all_input_nodes):
+            continue
+        if node.target in (STOP, LEAF, derivative.stop):
+            continue
+        if _is_item_of_gradient(node):
+            if _is_active_result(module, *arguments(node), active):
+                active.add(node)
+        elif is_float(node) or isinstance(value_of(node), (tuple, list)):
+            active.add(node)
+    return active
+
+
+def _is_item_of_gradient(node: Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, Node) and source.target is derivative.gradient
+
+
+def _is_active_result(module: GraphModule, node: Node, index: int, active: set[Node]) -> bool:
+    _, n_points, n_outputs, _, *inputs = arguments(node)
+    if index < n_points:
+        return True
+    body = body_of(module, node)
+    read = zip(placeholders(body.graph), inputs[: len(inputs) - n_outputs], strict=True)
+    inside = active_nodes(body, {inner for inner, outer in read if outer in active})
+    return results(body.graph)[index - n_points] in inside
 
 
 def nest(module: GraphModule) -> int:

@@ -182,7 +182,7 @@ def _in_form(
     refused."""
     form = copy_graph(module)
     inputs = placeholders(form.graph)
-    active = active_nodes(form.graph, {inputs[i] for i in roles.wanted})
+    active = active_nodes(form, {inputs[i] for i in roles.wanted})
     by_name = {strategy.name: strategy for strategy in STRATEGIES}
     by_name[AS_WRITTEN] = by_name[REVERSE]
     taken: dict[str, str] = {}

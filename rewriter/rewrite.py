@@ -119,7 +119,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
     as_written = measure(captured, flat.promoted)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
-    stage("share", lambda: (module, share(module, active_nodes(module.graph, requiring))))
+    stage("share", lambda: (module, share(module, active_nodes(module, requiring))))
     try:
         stage("nest", lambda: (module, nest(module)))
     except NotNested as error:
@@ -131,7 +131,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
         differentiable=as_written.differentiable,
         updated=flat.updated,
     )
-    active = active_nodes(module.graph, requiring)
+    active = active_nodes(module, requiring)
     _check_differentiability(module, roles, active)
     seeded = not _is_one_scalar(module, roles)
     choice = choose(module, roles, seeded, captured, as_written, flat.promoted, options)

@@ -85,7 +85,7 @@ class JvpOverGradient(Strategy):
             for inner, outer in zip(inputs, parts.inputs, strict=False)
             if outer in parts.points or outer in active
         }
-        inside = active_nodes(body.graph, moving)
+        inside = active_nodes(body, moving)
         for inner in sites(body):
             if wish.get(inner.meta["site"].name) != self.name:
                 continue
