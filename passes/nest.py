@@ -62,7 +62,8 @@ def active_nodes(module: GraphModule, requiring_grad: set[Node]) -> set[Node]:
         if node.target in (STOP, LEAF, derivative.stop):
             continue
         if _is_item_of_gradient(node):
-            if _is_active_result(module, *arguments(node), active):
+            source, index = arguments(node)
+            if _is_active_result(module, source, index, active):
                 active.add(node)
         elif is_float(node) or isinstance(value_of(node), (tuple, list)):
             active.add(node)

@@ -33,7 +33,7 @@ _KEEPS = {
 # Zero if either of the first two is.
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
 # Zero if all arguments at these positions are.
-_JOINS = {
+_JOINS: dict[Any, tuple[int, ...]] = {
     aten.cat.default: (0,),
     aten.stack.default: (0,),
     aten.slice_scatter.default: (0, 1),
