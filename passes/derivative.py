@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.markers import STOP
-
-
-def stop(x: Tensor) -> Tensor:
-    """Return ``x`` as a constant.
-
-    ``detach`` stops reverse mode here and is dropped from traced graphs as an alias; the mark
-    stays, so that a later forward mode pass over the traced graph stops at the same place.
-    """
-    return STOP(x.detach())
+from passes.linearize import push_forward
+from passes.markers import stop
 
 
 def _as_point(x: Tensor) -> Tensor:
@@ -57,6 +49,38 @@ def gradient(
         values = body(*points, *captured)
         grads = _pullback(values[:n_outputs], points, seeds, seed_dims)
     return (*grads, *values)
+
+
+def tangent(
+    body: GraphModule, n_points: int, n_outputs: int, direction_dims: int, *inputs: Any
+) -> tuple[Tensor, ...]:
+    """Return ``∂f/∂x(x, θ)·v`` by forward mode, and the values of the body.
+
+    Args:
+        body: ``(*points, *captured) → (*outputs, *other values)``, no derivatives inside.
+        n_points: How many of ``inputs`` are points, to begin with; as many directions come last.
+        n_outputs: How many of the body's results are differentiated.
+        direction_dims: Leading dimensions of the directions that are a batch of directions (the
+            columns of a Jacobian).
+        *inputs: points, captured values, directions.
+
+    Returns:
+        One tangent per output, shape ``(*batch of directions, *output.shape)``, then all values of
+        the body.
+    """
+    primals, directions = inputs[: len(inputs) - n_points], inputs[len(inputs) - n_points :]
+    rest = [None] * (len(primals) - n_points)
+
+    def columns(along: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        values, moved = push_forward(body, primals, [*along, *rest])
+        pairs = zip(values[:n_outputs], moved[:n_outputs], strict=True)
+        return [torch.zeros_like(u) if t is None else t for u, t in pairs], values
+
+    batched = columns
+    for _ in range(direction_dims):
+        batched = torch.vmap(batched, out_dims=(0, None))
+    tangents, values = batched(list(directions))
+    return (*tangents, *values)
 
 
 def _pullback(
@@ -144,4 +168,4 @@ def jvp_over_gradient(
     return _Linearized.apply(primal, tangent, n_results, (differentiable, pulled), *inputs)  # pyright: ignore[reportReturnType]
 
 
-OPERATORS = (gradient, jvp_over_gradient, stop)
+OPERATORS = (gradient, tangent, jvp_over_gradient, stop)

@@ -11,8 +11,9 @@ but *marked*: a ``gradient`` mark stands for the derivative of tensors that earl
 | ``leaf(x)`` | ``x.detach().requires_grad_()`` | a point, no gradient to ``x`` |
 | ``stop(x)`` | ``detach``, results under ``no_grad`` | no gradient to ``x`` |
 | ``gradient(outputs, inputs, seeds)`` | ``autograd.grad`` | the inner gradient itself |
+| ``tangent(outputs, inputs, vs)`` | `torch.func.jvp` | the same in forward mode |
 
-All four have batching rules, so that `torch.vmap` around a derivative dissolves into plain tensors
+All of them have batching rules, so that `torch.vmap` around a derivative dissolves into plain tensors
 while the loss is captured.
 """
 
@@ -24,6 +25,10 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "optimize_nested"
+
+
+class NeedsBatchedPoint(NotImplementedError):
+    """A point that all samples of a `vmap` share has a derivative per sample; expand it."""
 
 
 @torch.library.custom_op(f"{NAMESPACE}::stop", mutates_args=())
@@ -67,6 +72,22 @@ def gradient_mark(
     raise AssertionError("a gradient mark reached execution; `passes.nest` replaces all of them")
 
 
+@torch.library.custom_op(f"{NAMESPACE}::tangent", mutates_args=())
+def tangent_mark(
+    outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor], direction_dims: int
+) -> list[Tensor]:
+    """Stand for ``Σ ∂output/∂input · direction``, one result per output.
+
+    Args:
+        outputs: Tensors that are differentiated.
+        inputs: The points they are differentiated at.
+        directions: One per input, shape ``(*batch, *input.shape)``.
+        direction_dims: How many leading dimensions of the directions are a batch of directions;
+            results have the same leading dimensions.
+    """
+    raise AssertionError("a tangent mark reached execution; `passes.nest` replaces all of them")
+
+
 @stop_mark.register_fake
 @leaf_mark.register_fake
 def _like(x: Tensor) -> Tensor:
@@ -84,6 +105,14 @@ def _gradient_fake(
 ) -> list[Tensor]:
     batch = seeds[0].shape[:seed_dims]
     return [x.new_empty((*batch, *x.shape)) for x in inputs]
+
+
+@tangent_mark.register_fake
+def _tangent_fake(
+    outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor], direction_dims: int
+) -> list[Tensor]:
+    batch = directions[0].shape[:direction_dims]
+    return [u.new_empty((*batch, *u.shape)) for u in outputs]
 
 
 @stop_mark.register_vmap
@@ -129,7 +158,7 @@ def _gradient_vmap(
     size = info.batch_size
     if all(dim is None for dim in point_dims):
         if any(dim is not None for dim in output_dims):
-            raise NotImplementedError("a derivative inside vmap at a point outside of that vmap")
+            raise NeedsBatchedPoint("a derivative inside vmap at a point outside of that vmap")
         rows = [_batch_first(s, d, size) for s, d in zip(seeds, seed_batch, strict=True)]
         return gradient_mark(outputs, inputs, rows, seed_dims + 1), [0] * len(inputs)
     if any(dim is None for dim in point_dims):
@@ -142,7 +171,54 @@ def _gradient_vmap(
     return gradient_mark(outputs, inputs, placed, seed_dims), [seed_dims + d for d in point_dims]
 
 
+@tangent_mark.register_vmap
+def _tangent_vmap(
+    info: Any,
+    in_dims: tuple,
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    directions: list[Tensor],
+    direction_dims: int,
+) -> tuple[list[Tensor], Any]:
+    """Peel one `vmap` level.
+
+    Points batched at this level: samples are independent, one pass serves all. Only directions
+    batched (a Jacobian's columns): one more leading dimension. Only outputs batched: the body
+    reads something batched, and one direction serves all samples.
+    """
+    output_dims, point_dims, direction_batch, _ = in_dims
+    size = info.batch_size
+    if all(dim is None for dim in point_dims):
+        if all(dim is None for dim in direction_batch):
+            results = tangent_mark(outputs, inputs, directions, direction_dims)
+            return results, [None if d is None else direction_dims + d for d in output_dims]
+        if any(dim is not None for dim in output_dims):
+            raise NeedsBatchedPoint("a direction per sample at a point that all samples share")
+        columns = [
+            _batch_first(v, d, size) for v, d in zip(directions, direction_batch, strict=True)
+        ]
+        return tangent_mark(outputs, inputs, columns, direction_dims + 1), [0] * len(outputs)
+    if any(dim is None for dim in (*point_dims, *output_dims)):
+        raise NotImplementedError("a derivative inside vmap of which only a part is batched")
+    placed = [
+        _batch_first(v, d, size, at=direction_dims + point_dim)
+        for v, d, point_dim in zip(directions, direction_batch, point_dims, strict=True)
+    ]
+    results = tangent_mark(outputs, inputs, placed, direction_dims)
+    return results, [direction_dims + dim for dim in output_dims]
+
+
 STOP = torch.ops.optimize_nested.stop.default
 LEAF = torch.ops.optimize_nested.leaf.default
 POINT = torch.ops.optimize_nested.point.default
 GRADIENT = torch.ops.optimize_nested.gradient.default
+TANGENT = torch.ops.optimize_nested.tangent.default
+
+
+def stop(x: Tensor) -> Tensor:
+    """Return ``x`` as a constant.
+
+    ``detach`` stops reverse mode here and is dropped from traced graphs as an alias; the mark
+    stays, so that a later forward mode pass over the traced graph stops at the same place.
+    """
+    return STOP(x.detach())

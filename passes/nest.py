@@ -23,8 +23,10 @@ from passes.graph import (
     value_of,
     where,
 )
-from passes.markers import GRADIENT, LEAF, POINT, STOP
+from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
+from passes.simplify import simplify
+from passes.tracing import example_inputs, fake_mode_of, trace
 
 
 class NotNested(Exception):
@@ -61,7 +63,7 @@ def active_nodes(module: GraphModule, requiring_grad: set[Node]) -> set[Node]:
             continue
         if node.target in (STOP, LEAF, derivative.stop):
             continue
-        if _is_item_of_gradient(node):
+        if _is_item_of_derivative(node):
             source, index = arguments(node)
             if _is_active_result(module, source, index, active):
                 active.add(node)
@@ -70,19 +72,20 @@ def active_nodes(module: GraphModule, requiring_grad: set[Node]) -> set[Node]:
     return active
 
 
-def _is_item_of_gradient(node: Node) -> bool:
+def _is_item_of_derivative(node: Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, Node) and source.target is derivative.gradient
+    return isinstance(source, Node) and source.target in (derivative.gradient, derivative.tangent)
 
 
 def _is_active_result(module: GraphModule, node: Node, index: int, active: set[Node]) -> bool:
     _, n_points, n_outputs, _, *inputs = arguments(node)
-    if index < n_points:
+    n_derivatives = n_points if node.target is derivative.gradient else n_outputs
+    if index < n_derivatives:
         return True
     body = body_of(module, node)
-    read = zip(placeholders(body.graph), inputs[: len(inputs) - n_outputs], strict=True)
+    read = zip(placeholders(body.graph), inputs, strict=False)
     inside = active_nodes(body, {inner for inner, outer in read if outer in active})
-    return results(body.graph)[index - n_points] in inside
+    return results(body.graph)[index - n_derivatives] in inside
 
 
 def nest(module: GraphModule) -> int:
@@ -107,7 +110,7 @@ def nest(module: GraphModule) -> int:
     graph = module.graph
     _split_dependent_points(graph)
     made = 0
-    for mark in list(graph.find_nodes(op="call_function", target=GRADIENT)):
+    for mark in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
         _nest_one(module, mark, f"gradient_{made}" if made else "gradient")
         made += 1
     _dissolve_marks(module)
@@ -153,43 +156,53 @@ def _body_nodes(points: list[Node], outputs: list[Node]) -> set[Node]:
 
 def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     graph = module.graph
-    outputs, points, seeds, seed_dims = arguments(mark)
+    outputs, points, along, batch_dims = arguments(mark)
+    backward = mark.target is GRADIENT
     inside = _body_nodes(points, outputs)
     for node in inside:
         if is_random(node):
             raise NotNested(f"a random draw ({node.target}) depends on the point of a derivative")
-    live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o in inside or o in points]
+    live = [i for i, u in enumerate(outputs) if u in inside or u in points]
+    answers = range(len(points)) if backward else live
+    _replace_with_zeros(graph, mark, [] if live else list(answers))
+    if not backward:
+        _replace_with_zeros(graph, mark, [i for i in range(len(outputs)) if i not in live])
     if not live:
-        _replace_with_zeros(graph, mark)
+        graph.erase_node(mark)
         return
-    outputs, seeds = [o for o, _ in live], [s for _, s in live]
-    copied = bool(needs(seeds) & inside) or _has_other_master(graph, mark, inside)
+    if backward:
+        along = [along[i] for i in live]
+    outputs = [outputs[i] for i in live]
+    copied = bool(needs(along) & inside) or _has_other_master(graph, mark, inside)
     escaping = [] if copied else _escaping(graph, inside, outputs, mark)
     body, captured = _body(module, points, outputs, escaping, inside)
-    nested = _nested_order(inside)
+    order = 1 + max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
+    if not backward and order > 1:
+        body = _without_derivatives(body)
     body_name = f"body_{name}"
     module.register_module(body_name, body)
+    derivatives = [value_of(mark)[i] for i in answers]
     with graph.inserting_before(mark):
         node = graph.call_function(
-            derivative.gradient,
+            derivative.gradient if backward else derivative.tangent,
             (
                 graph.get_attr(body_name),
                 len(points),
                 len(outputs),
-                seed_dims,
+                batch_dims,
                 *points,
                 *captured,
-                *seeds,
+                *along,
             ),
         )
-        grads = list(value_of(mark))
-        node.meta = {**mark.meta, "val": (*grads, *(value_of(n) for n in [*outputs, *escaping]))}
-        node.meta["site"] = Site(
-            name, "jacobian" if seed_dims else "gradient", nested + 1, where(mark)
-        )
-        for index in range(len(points)):
-            _replace_item(mark, index, _item(graph, node, index))
-        values = [] if copied else [*enumerate([*outputs, *escaping], start=len(points))]
+        node.meta = {
+            **mark.meta,
+            "val": (*derivatives, *(value_of(n) for n in [*outputs, *escaping])),
+            "site": Site(name, _operator(backward, batch_dims), order, where(mark)),
+        }
+        for position, index in enumerate(answers):
+            _replace_item(mark, index, _item(graph, node, position))
+        values = [] if copied else [*enumerate([*outputs, *escaping], start=len(derivatives))]
         for index, old in values:
             outside = [u for u in old.users if u not in inside and u is not mark and u is not node]
             if outside and old not in points:
@@ -200,6 +213,21 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
         for old in reversed([n for n in graph.nodes if n in inside]):
             graph.erase_node(old)
     sort_nodes(graph)
+
+
+def _operator(backward: bool, batch_dims: int) -> str:
+    if backward:
+        return "jacobian" if batch_dims else "gradient"
+    return "jacobian (forward)" if batch_dims else "jvp"
+
+
+def _without_derivatives(body: GraphModule) -> GraphModule:
+    """Trace a body that holds derivatives into plain operators, to be pushed forward."""
+    inputs = example_inputs(body)
+    plain = trace(lambda *values: tuple(body(*values)), inputs, fake_mode_of(inputs))
+    simplify(plain)
+    _dissolve_marks(plain)
+    return finish(plain)
 
 
 def _item(graph: Graph, node: Node, index: int) -> Node:
@@ -213,7 +241,7 @@ def _item(graph: Graph, node: Node, index: int) -> Node:
 def _has_other_master(graph: Graph, mark: Node, inside: set[Node]) -> bool:
     """Whether another derivative still to be nested begins or passes inside, without containing
     this one."""
-    for other in graph.find_nodes(op="call_function", target=GRADIENT):
+    for other in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
         if other is mark:
             continue
         if any(point in inside for point in arguments(other)[1]):
@@ -284,24 +312,20 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
     return value
 
 
-def _nested_order(inside: set[Node]) -> int:
-    return max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
-
-
-def _replace_with_zeros(graph: Graph, mark: Node) -> None:
+def _replace_with_zeros(graph: Graph, mark: Node, indices: list[int]) -> None:
     """A derivative of something that does not depend on the point is zero."""
-    with graph.inserting_before(mark):
-        for index, value in enumerate(value_of(mark)):
-            if not all(isinstance(size, int) for size in value.shape):
-                raise NotNested("a derivative that is zero, of a tensor of symbolic size")
+    for index in indices:
+        value = value_of(mark)[index]
+        if not all(isinstance(size, int) for size in value.shape):
+            raise NotNested("a derivative that is zero, of a tensor of symbolic size")
+        with graph.inserting_before(mark):
             zeros = graph.call_function(
                 torch.ops.aten.full.default,
                 (list(value.shape), 0),
                 {"dtype": value.dtype, "device": value.device},
             )
-            zeros.meta["val"] = value
-            _replace_item(mark, index, zeros)
-    graph.erase_node(mark)
+        zeros.meta["val"] = value
+        _replace_item(mark, index, zeros)
 
 
 def _dissolve_marks(module: GraphModule) -> None:
@@ -324,7 +348,7 @@ def all_sites(module: GraphModule, nodes: list[Node]) -> list[Site]:
     first, each once."""
     found: dict[str, Site] = {}
     for node in nodes:
-        if node.target is derivative.gradient:
+        if node.target in (derivative.gradient, derivative.tangent):
             body = body_of(module, node)
             found |= {site.name: site for site in all_sites(body, sites(body))}
         site = node.meta["site"]

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import arguments, drop_dead, finish, is_impure, needs, reaches, value_of
-from passes.markers import GRADIENT, LEAF, POINT, STOP
+from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
 
 
@@ -51,7 +51,7 @@ def _looked_through(node: Node, active: set[Node]) -> bool:
 def _seen_by(graph: Graph) -> dict[Node, set[Node]]:
     """Return for each point the nodes that a derivative at that point differentiates through."""
     seen: dict[Node, set[Node]] = {}
-    for mark in graph.find_nodes(op="call_function", target=GRADIENT):
+    for mark in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
         through = needs(arguments(mark)[0]) | {mark}
         for point in arguments(mark)[1]:
             seen.setdefault(point, set()).update(through)

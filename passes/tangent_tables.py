@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.markers import STOP
+from passes.markers import STOP, stop
 
 aten = torch.ops.aten
 
 # Piecewise constant, boolean, integer or independent of the values: no tangent.
 ZERO = {
-    STOP, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default,
+    STOP, stop, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default,
     aten.trunc.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
     aten.empty_like.default, aten.new_zeros.default, aten.new_full.default, aten.new_ones.default,
     aten.new_empty.default, aten.bernoulli.p, aten.bernoulli.default, aten.rand_like.default,

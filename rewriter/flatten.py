@@ -17,7 +17,15 @@ from torch.utils import _pytree as pytree
 from passes.decompositions import dropout
 from passes.graph import placeholders, results, where
 from passes.linearize import flatten_output
-from passes.markers import STOP, gradient_mark, leaf_mark, point_mark, stop_mark
+from passes.markers import (
+    STOP,
+    NeedsBatchedPoint,
+    gradient_mark,
+    leaf_mark,
+    point_mark,
+    stop_mark,
+    tangent_mark,
+)
 from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
@@ -53,18 +61,13 @@ def flatten(captured: GraphModule) -> Flat:
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
     """
-    examples = [example_of(node) for node in placeholders(captured.graph)]
-    constants = [x.detach() if isinstance(x, Tensor) else x for x in examples]
-    marking = _Marking(captured)
-
-    def run(*values: Any) -> Any:
+    try:
+        module, marking = _run(captured, expand_points=False)
+    except NeedsBatchedPoint:
         try:
-            with torch.no_grad():
-                return marking.run(*values, enable_io_processing=False)
-        finally:
-            marking.unwind()
-
-    module = trace_before_autograd(run, constants, fake_mode_of(examples))
+            module, marking = _run(captured, expand_points=True)
+        except NeedsBatchedPoint as error:
+            raise CaptureError(str(error)) from error
     for node in module.graph.find_nodes(
         op="call_function", target=aten._local_scalar_dense.default
     ):
@@ -78,6 +81,21 @@ def flatten(captured: GraphModule) -> Flat:
         node.target = STOP
     n_outputs = len(results(module.graph))
     return Flat(module, n_outputs, _take_out_updates(module), marking.promoted)
+
+
+def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, _Marking]:
+    examples = [example_of(node) for node in placeholders(captured.graph)]
+    constants = [x.detach() if isinstance(x, Tensor) else x for x in examples]
+    marking = _Marking(captured, expand_points=expand_points)
+
+    def run(*values: Any) -> Any:
+        try:
+            with torch.no_grad():
+                return marking.run(*values, enable_io_processing=False)
+        finally:
+            marking.unwind()
+
+    return trace_before_autograd(run, constants, fake_mode_of(examples)), marking
 
 
 def _take_out_updates(module: GraphModule) -> tuple[int, ...]:
@@ -101,13 +119,14 @@ def _take_out_updates(module: GraphModule) -> tuple[int, ...]:
 class _Marking(Interpreter):
     """Interpret a captured graph; derivatives are marked, all else is run."""
 
-    def __init__(self, captured: GraphModule) -> None:
+    def __init__(self, captured: GraphModule, *, expand_points: bool) -> None:
         super().__init__(captured)
+        self.expand_points = expand_points
         self.depth = 0
         self.grad_enabled = True
         self.vmaps: list[tuple[int, int]] = []
         self.level_at: dict[int, int] = {}
-        self.before: dict[Node, Node] = {}
+        self.duals: list[list[tuple[Tensor, Tensor]]] = []
         inputs = placeholders(captured.graph)
         changed = {
             node.args[0]
@@ -132,7 +151,14 @@ class _Marking(Interpreter):
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.dropout: dropout,
             predispatch._jvp_increment_nesting: self._enter_jvp,
-            predispatch._enter_dual_level: self._enter_jvp,
+            predispatch._jvp_decrement_nesting: self._leave_jvp,
+            predispatch._enter_dual_level: lambda: None,
+            predispatch._exit_dual_level: lambda level: None,
+            predispatch._make_dual: self._make_dual,
+            predispatch._unpack_dual: self._unpack_dual,
+            torch.autograd.forward_ad._maybe_load_decompositions: lambda: None,
+            torch._C._set_fwd_grad_enabled: lambda enabled: None,
+            predispatch.lazy_load_decompositions: lambda: None,
             predispatch._vmap_increment_nesting: self._enter_vmap,
             predispatch._vmap_decrement_nesting: self._leave_vmap,
             predispatch._add_batch_dim: self._add_batch_dim,
@@ -162,7 +188,7 @@ class _Marking(Interpreter):
             )
         try:
             out = super().run_node(n)
-        except CaptureError:
+        except (CaptureError, NeedsBatchedPoint):
             raise
         except Exception as error:
             if any(read.target is number_of for read in n.all_input_nodes):
@@ -235,8 +261,13 @@ class _Marking(Interpreter):
     def _leave(self) -> None:
         self.depth -= 1
 
-    def _enter_jvp(self, *args: Any) -> None:
-        raise CaptureError("forward mode in the loss is not captured", where(self.node_running))
+    def _enter_jvp(self) -> None:
+        self.depth += 1
+        self.duals.append([])
+
+    def _leave_jvp(self) -> None:
+        self.depth -= 1
+        self.duals.pop()
 
     def _enter_vmap(self, batch_size: Any, randomness: str) -> None:
         self.depth += 1
@@ -253,6 +284,7 @@ class _Marking(Interpreter):
         """Leave the transforms that an error left open."""
         while self.vmaps:
             self._leave_vmap()
+        self.duals.clear()
 
     def _add_batch_dim(self, x: Tensor, dim: int, level: int) -> Tensor:
         return predispatch._add_batch_dim(x, dim, self.level_at[level])
@@ -262,11 +294,24 @@ class _Marking(Interpreter):
 
     def _point(self, x: Tensor) -> Tensor:
         anchors = [
-            predispatch._add_batch_dim(torch.zeros(size), 0, level) for level, size in self.vmaps
+            predispatch._add_batch_dim(torch.zeros(size), 0, level)
+            for level, size in (self.vmaps if self.expand_points else ())
         ]
         return point_mark(x, anchors)
 
     # derivatives
+
+    def _make_dual(self, x: Tensor, direction: Tensor, level: int = 0) -> Tensor:
+        point = self._point(x)
+        self.duals[-1].append((point, direction))
+        return point
+
+    def _unpack_dual(self, y: Tensor, level: int = 0) -> tuple[Tensor, Any]:
+        if example_of(self.node_running)[1] is None:
+            return y, None
+        points, directions = zip(*self.duals[-1], strict=True)
+        (moved,) = tangent_mark([y], list(points), list(directions), 0)
+        return y, moved
 
     def _autograd_grad(
         self,

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
+# What every strategy leaves a directional derivative as: forward mode, pulled back by reverse mode.
+FORWARD = "forward"
+
 
 class Refused(Exception):
     """A strategy does not apply to a site; the message is the reason a report shows."""

@@ -15,7 +15,7 @@ from passes.graph import arguments, copy_graph, is_float, placeholders, value_of
 from passes.linearize import linearize
 from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.simplify import simplify
-from passes.strategies.base import Refused, Strategy
+from passes.strategies.base import FORWARD, Refused, Strategy
 from passes.tangent_rules import NoRule
 from passes.tracing import fake_mode_of, trace
 
@@ -49,6 +49,8 @@ class JvpOverGradient(Strategy):
         self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
     ) -> dict[str, str]:
         """Replace ``gradient(body, …)`` by ``jvp_over_gradient(P, T, …)``."""
+        if node.target is derivative.tangent:
+            return {site.name: FORWARD for site in all_sites(module, [node])}
         _, n_points, n_outputs, seed_dims, *inputs = arguments(node)
         if seed_dims:
             raise Refused(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
+from passes import derivative
 from passes.nest import all_sites
-from passes.strategies.base import Strategy
+from passes.strategies.base import FORWARD, Strategy
 
 
 class Reverse(Strategy):
@@ -21,4 +22,5 @@ class Reverse(Strategy):
         self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
     ) -> dict[str, str]:
         """Change nothing: `passes.derivative.gradient` means reverse mode."""
-        return {site.name: self.name for site in all_sites(module, [node])}
+        taken = {site.name: self.name for site in all_sites(module, [node])}
+        return dict.fromkeys(taken, FORWARD) if node.target is derivative.tangent else taken

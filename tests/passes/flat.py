@@ -128,7 +128,7 @@ def flat_graph(loss: Loss, *inputs: Tensor) -> GraphModule:
 def active_of(module: GraphModule, inputs: Sequence[Tensor]) -> set[Node]:
     """The nodes that carry a gradient from those inputs that require one."""
     given = zip(placeholders(module.graph), inputs, strict=True)
-    return active_nodes(module.graph, {node for node, x in given if x.requires_grad})
+    return active_nodes(module, {node for node, x in given if x.requires_grad})
 
 
 def shared(module: GraphModule, inputs: Sequence[Tensor]) -> int:
@@ -167,15 +167,15 @@ def assert_step(run: Callable[..., Any], loss: Loss, inputs: Sequence[Tensor]) -
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
 
 
-def assert_rewrites(loss: Loss, *inputs: Tensor) -> GraphModule:
-    """Compare every stage with the loss as written; return the nested graph."""
+def assert_rewrites(loss: Loss, *inputs: Tensor) -> tuple[GraphModule, GraphModule]:
+    """Compare every stage with the loss as written; return the shared and the nested graph."""
     module = flat_graph(loss, *inputs)
     assert_step(nested(module), loss, inputs)
     shared(module, inputs)
     assert shared(module, inputs) == 0
     result = nested(module)
     assert_step(result, loss, inputs)
-    return result
+    return module, result
 
 
 def random_points(*shape: int, grad: bool = False) -> Tensor:
