@@ -118,6 +118,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
     aten.ones_like.default: lambda x, **options: _full_like(x, 1, **options),
     aten.empty_like.default: _empty_like,
     aten.copy.default: _copy,
+    aten._efficientzerotensor.default: torch.zeros,
     aten.native_dropout.default: _native_dropout,
 }
 

@@ -78,7 +78,7 @@ def tangent(
 
     batched = columns
     for _ in range(direction_dims):
-        batched = torch.vmap(batched, out_dims=(0, None))
+        batched = torch.vmap(batched, out_dims=(0, None))  # pyright: ignore[reportArgumentType]
     tangents, values = batched(list(directions))
     return (*tangents, *values)
 

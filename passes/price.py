@@ -127,6 +127,9 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._efficientzerotensor.default:
+            # A zero tangent without storage; on fake tensors it loses its device.
+            return torch.zeros(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is None and func is not torch.ops.prim.device.default:
             out = func.decompose(*args, **kwargs)

@@ -107,7 +107,9 @@ class _Maker:
         """The same operator on operands of equal value, reached another way."""
         name, *operands = instruction
         count = range(len(self.values))
-        equal = [[i for i in count if torch.equal(self.values[i], self.values[o])] for o in operands]
+        equal = [
+            [i for i in count if torch.equal(self.values[i], self.values[o])] for o in operands
+        ]
         return name, *(self.choose.choice(same) for same in equal)
 
     def gradient(self) -> Instruction | None:

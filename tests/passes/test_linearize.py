@@ -259,7 +259,10 @@ def test_no_rule() -> None:
 def test_primal_values_are_computed_once() -> None:
     """`push_forward` shares every value with the rules: the sine is not taken twice."""
     module = traced(lambda x: (x.tanh().exp(),), [random_points(3)])
-    both = traced(lambda x, v: tuple(sum(push_forward(module, [x], [v]), [])), [random_points(3), random_points(3)])
+    both = traced(
+        lambda x, v: tuple(sum(push_forward(module, [x], [v]), [])),
+        [random_points(3), random_points(3)],
+    )
     assert calls(both, aten.tanh.default) == 1
     assert calls(both, aten.exp.default) == 1
 

@@ -201,12 +201,8 @@ ZEROS = {
         lambda x, w: aten.baddbmm(zeros(4), x, w), ((2, 3, 4), (2, 4, 4)), 1, ("bmm",)
     ),
     "written": Case(lambda x: x.sin() * zeros(3, 4), (M,), 1, ("full",)),
-    "where_of_zeros": Case(
-        lambda x: x + torch.where(x > 0, zeros(3, 4), zeros(4)), (M,), 2, ()
-    ),
-    "joined": Case(
-        lambda x: x + torch.cat([zeros(3, 2), zeros(3, 2)], 1), (M,), 2, ()
-    ),
+    "where_of_zeros": Case(lambda x: x + torch.where(x > 0, zeros(3, 4), zeros(4)), (M,), 2, ()),
+    "joined": Case(lambda x: x + torch.cat([zeros(3, 2), zeros(3, 2)], 1), (M,), 2, ()),
     "convolution": Case(
         lambda x, w: aten.convolution(x, w, *PLAIN) + aten.convolution(zeros(1, 2, 5), w, *PLAIN),
         ((1, 2, 5), (3, 2, 3)),
@@ -215,9 +211,7 @@ ZEROS = {
     ),
     # What must stay.
     "broadcast_by_zero": Case(lambda x: x + zeros(2, 3, 4), (M,), 0, ("full", "add.Tensor")),
-    "type_from_zero": Case(
-        lambda x: x + zeros(3, 4), (HALF,), 0, ("full", "add.Tensor")
-    ),
+    "type_from_zero": Case(lambda x: x + zeros(3, 4), (HALF,), 0, ("full", "add.Tensor")),
     "scaled_after_zero": Case(
         lambda x: aten.add.Tensor(zeros(3, 4), x, alpha=2), (M,), 0, ("full", "add.Tensor")
     ),
@@ -227,18 +221,14 @@ ZEROS = {
     "cosine_of_zero": Case(lambda x: x * zeros(3, 4).cos(), (M,), 0, ("full", "cos", "mul.Tensor")),
     "exp_of_zero": Case(lambda x: x + zeros(3, 4).exp(), (M,), 0, ("full", "exp", "add.Tensor")),
     "ones": Case(lambda x: x * torch.ones(3, 4), (M,), 0, ("ones", "mul.Tensor")),
-    "full_of_one": Case(
-        lambda x: x + torch.full((3, 4), 1.0), (M,), 0, ("full", "add.Tensor")
-    ),
+    "full_of_one": Case(lambda x: x + torch.full((3, 4), 1.0), (M,), 0, ("full", "add.Tensor")),
     "padded_by_one": Case(
         lambda x: x + aten.constant_pad_nd(zeros(3, 2), [1, 1], 1.0),
         (M,),
         0,
         ("full", "constant_pad_nd", "add.Tensor"),
     ),
-    "joined_with_others": Case(
-        lambda x: torch.cat([x, zeros(3, 4)]), (M,), 0, ("full", "cat")
-    ),
+    "joined_with_others": Case(lambda x: torch.cat([x, zeros(3, 4)]), (M,), 0, ("full", "cat")),
     "where_of_one_zero": Case(
         lambda x: torch.where(x > 0, x, zeros(4)), (M,), 0, ("gt.Scalar", "full", "where.self")
     ),
@@ -248,9 +238,7 @@ ZEROS = {
         0,
         ("full", "convolution"),
     ),
-    "zero_as_divisor": Case(
-        lambda x: x / zeros(4), (M,), 0, ("full", "div.Tensor")
-    ),
+    "zero_as_divisor": Case(lambda x: x / zeros(4), (M,), 0, ("full", "div.Tensor")),
     "integers_joined": Case(
         lambda x, i: x + torch.cat([i, i]), ((4,), torch.tensor([3, 1])), 0, ("cat", "add.Tensor")
     ),
@@ -264,7 +252,9 @@ ZEROS = {
         lambda z: torch.cat([z, z]), (torch.tensor([1 + 2j, 3 - 1j]),), 0, ("cat",)
     ),
     "scattered_integers": Case(
-        lambda x, i: aten.scatter_add(i, 0, i, i), ((3,), torch.tensor([2, 0, 1])), 0,
+        lambda x, i: aten.scatter_add(i, 0, i, i),
+        ((3,), torch.tensor([2, 0, 1])),
+        0,
         ("scatter_add",),
     ),
     "zeros_joined_with_integers": Case(
@@ -426,7 +416,9 @@ def test_draws_are_never_merged_nor_dropped(draw: Callable[[Tensor], Tensor]) ->
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: aten.as_strided(aten.clone(x.t(), memory_format=torch.contiguous_format), [12], [1]),
+        lambda x: aten.as_strided(
+            aten.clone(x.t(), memory_format=torch.contiguous_format), [12], [1]
+        ),
         lambda x: aten.as_strided(x[:1].expand(3, 4) + zeros(3, 4), [12], [1]),
         lambda x: aten.as_strided(x[:1].expand(3, 4) * 1, [12], [1]),
         lambda x: aten.as_strided(aten._to_copy(x.t(), dtype=torch.float64), [12], [1]),
@@ -508,9 +500,7 @@ def convolution_backward(
     grad = random_points(2, 6, 5)
 
     def function(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        found = aten.convolution_backward(
-            grad, x, w, [6], [1], [1], [1], False, [0], groups, mask
-        )
+        found = aten.convolution_backward(grad, x, w, [6], [1], [1], [1], False, [0], groups, mask)
         return tuple(found[i] for i in used)
 
     return traced(function, grad, x, w), [grad, x, w]
@@ -537,9 +527,7 @@ def test_narrow_masks(
     reference = copy_graph(module)
     simplify(module)
     assert_same(module, reference, inputs)
-    backward = module.graph.find_nodes(
-        op="call_function", target=aten.convolution_backward.default
-    )
+    backward = module.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
     assert sorted(tuple(map(int, n.args[10])) for n in backward) == sorted(masks_left)
     assert calls(module, aten.sum.dim_IntList) == sums
     assert narrow_masks(module.graph) == 0

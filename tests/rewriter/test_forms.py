@@ -382,3 +382,100 @@ def test_two_graphs_share_nothing_across_points() -> None:
         return (gp * gq).sum()
 
     check(loss, [mlp(nn.Tanh, 3, 6, 2)], torch.randn(5, 2, dtype=torch.float64))
+
+
+# forward mode: what stock Dynamo breaks on, crashes in or gets wrong
+
+FORWARD: list[Callable[..., Tensor]] = []
+
+
+def forward(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    FORWARD.append(loss)
+    return loss
+
+
+def scalar(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda z: net(z).sum()
+
+
+@forward
+def func_jvp(net: nn.Module, x: Tensor) -> Tensor:
+    u, moved = torch.func.jvp(net, (x,), (x.sin(),))
+    return (u * moved).sum() + moved.square().sum()
+
+
+@forward
+def func_jvp_two_primals(net: nn.Module, x: Tensor) -> Tensor:
+    moved = torch.func.jvp(lambda a, b: net(a * b), (x, x.cos()), (x.sin(), x))[1]
+    return moved.square().sum()
+
+
+@forward
+def func_jvp_has_aux(net: nn.Module, x: Tensor) -> Tensor:
+    _, moved, aux = torch.func.jvp(lambda a: (net(a), a.sum()), (x,), (x.sin(),), has_aux=True)
+    return moved.square().sum() * aux
+
+
+@forward
+def func_jvp_of_jvp(net: nn.Module, x: Tensor) -> Tensor:
+    inner = lambda z: torch.func.jvp(net, (z,), (x.cos(),))[1]  # noqa: E731
+    return torch.func.jvp(inner, (x,), (x.sin(),))[1].square().sum()
+
+
+@forward
+def func_jvp_of_grad(net: nn.Module, x: Tensor) -> Tensor:
+    """A Hessian-vector product, forward over reverse."""
+    return torch.func.jvp(torch.func.grad(scalar(net)), (x,), (x.cos(),))[1].square().sum()
+
+
+@forward
+def func_grad_of_jvp(net: nn.Module, x: Tensor) -> Tensor:
+    """A Hessian-vector product, reverse over forward."""
+    along = lambda z: torch.func.jvp(scalar(net), (z,), (x.cos(),))[1]  # noqa: E731
+    return torch.func.grad(along)(x).square().sum()
+
+
+@forward
+def func_jacfwd(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jacfwd(lambda z: net(z).squeeze())(x).square().sum()
+
+
+@forward
+def vmap_jacfwd(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.jacfwd(net))(x).square().sum()
+
+
+@forward
+def vmap_hessian(net: nn.Module, x: Tensor) -> Tensor:
+    """Stock `torch.compile` ends the process on this."""
+    return torch.func.vmap(torch.func.hessian(scalar(net)))(x).square().sum()
+
+
+@forward
+def hessian_trace(net: nn.Module, x: Tensor) -> Tensor:
+    """Stock `torch.compile` gets this silently wrong."""
+    traces = torch.func.vmap(lambda z: torch.func.hessian(scalar(net))(z).trace())(x)
+    return traces.square().sum()
+
+
+@forward
+def jacrev_of_jacfwd(net: nn.Module, x: Tensor) -> Tensor:
+    hessian = torch.func.jacrev(torch.func.jacfwd(scalar(net)))
+    return torch.func.vmap(hessian)(x).square().sum()
+
+
+@forward
+def vmap_over_directions(net: nn.Module, x: Tensor) -> Tensor:
+    directions = torch.stack([x.sin(), x.cos()])
+    return torch.func.vmap(lambda v: torch.func.jvp(net, (x,), (v,))[1])(directions).square().sum()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("loss", FORWARD, ids=lambda f: f.__name__)
+def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    net = mlp(nn.Tanh, 3, 6, 2)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    report = check(loss, [net], x, dynamic=dynamic).explain(net, x)
+    assert report.sites, "no derivative was found"
+    assert report.flops <= report.flops_as_written

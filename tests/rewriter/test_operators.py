@@ -212,9 +212,8 @@ class Square(torch.autograd.Function):
     [
         (lambda m, x: Square.apply(m(x)), "autograd_function_apply"),
         (lambda m, x: m(x) * torch.bernoulli(m(x).sigmoid()), "a random draw"),
-        (lambda m, x: torch.func.jvp(m, (x,), (x,))[1], "forward mode"),
     ],
-    ids=["function", "draw", "jvp"],
+    ids=["function", "draw"],
 )
 def test_not_captured_is_said_and_right(body: Body, reason: str) -> None:
     loss = squared_gradient(body)
