@@ -13,8 +13,8 @@ but *marked*: a ``gradient`` mark stands for the derivative of tensors that earl
 | ``gradient(outputs, inputs, seeds)`` | ``autograd.grad`` | the inner gradient itself |
 | ``tangent(outputs, inputs, vs)`` | `torch.func.jvp` | the same in forward mode |
 
-All of them have batching rules, so that `torch.vmap` around a derivative dissolves into plain tensors
-while the loss is captured.
+All of them have batching rules, so that `torch.vmap` around a derivative dissolves into plain
+tensors while the loss is captured.
 """
 
 from __future__ import annotations
