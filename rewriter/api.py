@@ -24,9 +24,9 @@ from rewriter.errors import CaptureError, NeedsNumber, NestedGradientWarning
 from rewriter.naming import named_tensors
 from rewriter.options import Options, is_disabled, make_options
 from rewriter.report import Report, make_report
-from rewriter.rewrite import Rewritten, rewrite
+from rewriter.rewrite import rewrite
 from rewriter.snapshot import restored_on_error
-from rewriter.step import Step, value_only
+from rewriter.step import Explained, Step, explaining, value_only
 
 
 class OptimizedLoss:
@@ -53,36 +53,49 @@ class OptimizedLoss:
             return self.as_written(*args, **kwargs)
         if self._refused and _signature(args, kwargs) in self._refused:
             return self.as_written(*args, **kwargs)
-        with _gradients_on():
-            return self._call(args, kwargs)
+        try:
+            with _gradients_on():
+                return self._captured_call(args, kwargs)
+        except CaptureError as refusal:
+            reason = refusal
+        return self._fall_back(reason, args, kwargs)
 
-    def _call(self, args: Any, kwargs: Any) -> Any:
+    def _captured_call(self, args: Any, kwargs: Any) -> Any:
+        """Call the loss through Dynamo's guards.
+
+        Raises:
+            CaptureError: The loss cannot be captured; nothing of it has run.
+        """
         if self.steps:
-            # The usual case: a specialisation exists. Dynamo is prepared for our losses only if
-            # none does.
+            # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
             try:
                 return self._compiled(*args, **kwargs)
             except DYNAMO_ERRORS:
                 pass
-        for specialize_floats in (self._specialize_floats, True):
-            try:
-                with capturing(specialize_floats=specialize_floats):
-                    return self._compiled(*args, **kwargs)
-            except Exception as error:
-                refusal = as_capture_error(error)
-                if refusal is None:
-                    raise
-            if specialize_floats or not isinstance(refusal, NeedsNumber):
-                break
+        try:
+            return self._capture(args, kwargs)
+        except NeedsNumber:
             self._specialize_floats = True
-        return self._fall_back(refusal, args, kwargs)
+            return self._capture(args, kwargs)
+
+    def _capture(self, args: Any, kwargs: Any) -> Any:
+        try:
+            with capturing(specialize_floats=self._specialize_floats):
+                return self._compiled(*args, **kwargs)
+        except Exception as error:
+            refusal = as_capture_error(error)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def _is_on(self) -> bool:
         return self.options.enabled and not is_disabled() and not is_transformed()
 
     def _build(self, captured: torch.fx.GraphModule, inputs: Any) -> Step:
         """Be Dynamo's backend: rewrite and compile what it captured."""
-        step = Step(rewrite(captured, self.options), self.options).prepare()
+        step = Step(rewrite(captured, self.options), self.options)
+        if not explaining.get():
+            step.prepare()
         self.steps.append(step)
         return step
 
@@ -125,25 +138,20 @@ class OptimizedLoss:
         return value, {n: g for n, g in zip(tensors, grads, strict=True) if g is not None}
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
-        """Return what would be done to the loss for these arguments; nothing is compiled or run, no
-        state is touched."""
-        found: list[Rewritten] = []
+        """Return what is done to the loss for these arguments.
 
-        def record(captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-            found.append(rewrite(captured, self.options))
-            return _stop_before_running
-
-        probe = compile_function(self.as_written, record, self.options.dynamic)
+        The loss is captured and rewritten; nothing is compiled or run, and no state is touched.
+        """
+        token = explaining.set(True)
         try:
-            with _gradients_on(), capturing(specialize_floats=self._specialize_floats):
-                probe(*args, **kwargs)
-        except _Recorded:
-            return make_report(found[-1])
-        except Exception as error:
-            refusal = as_capture_error(error)
-            if refusal is None:
-                raise
+            with _gradients_on():
+                self._captured_call(args, kwargs)
+        except Explained as found:
+            return make_report(found.rewritten)
+        except CaptureError as refusal:
             return Report(captured=False, reason=str(refusal))
+        finally:
+            explaining.reset(token)
         return Report(captured=False, reason="the loss computes no tensors")
 
     def __repr__(self) -> str:
@@ -168,14 +176,6 @@ class _BoundLoss:
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """See `OptimizedLoss.explain`."""
         return self._loss.explain(self.__self__, *args, **kwargs)
-
-
-class _Recorded(BaseException):
-    """The graph was recorded; stop before anything runs."""
-
-
-def _stop_before_running(*inputs: Any) -> Any:
-    raise _Recorded
 
 
 @contextlib.contextmanager

@@ -22,6 +22,22 @@ from rewriter.rewrite import Rewritten
 value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
 
 
+# Whether the caller wants to know what would be run, instead of running it.
+explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
+
+
+class Explained(BaseException):
+    """A step was found for the caller's arguments; it has not run.
+
+    Attributes:
+        rewritten: What it is made of.
+    """
+
+    def __init__(self, rewritten: Rewritten) -> None:
+        super().__init__()
+        self.rewritten = rewritten
+
+
 class Step:
     """Compute the loss and its gradients for inputs that pass one set of guards.
 
@@ -57,6 +73,8 @@ class Step:
         return self
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
+        if explaining.get():
+            raise Explained(self.rewritten)
         for position in self.rewritten.flat.promoted:
             inputs[position].requires_grad_()  # as the loss as written does
         if self._unchecked:

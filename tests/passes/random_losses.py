@@ -87,8 +87,11 @@ class _Maker:
     def instruction(self) -> Instruction | None:
         kind = self.choose.random()
         plain = [i for i in self.program if i[0] in PLAIN]
+        gradients = [i for i in self.program if i[0] == "gradient"]
         if kind < 0.15 and plain:
             return self.again(self.choose.choice(plain))
+        if kind < 0.2 and gradients:
+            return self.gradient_again(self.choose.choice(gradients))
         if kind < 0.35:
             return self.choose.choice(("tanh", "sin")), self.any_value()
         if kind < 0.45:
@@ -106,11 +109,11 @@ class _Maker:
     def again(self, instruction: Instruction) -> Instruction:
         """The same operator on operands of equal value, reached another way."""
         name, *operands = instruction
-        count = range(len(self.values))
-        equal = [
-            [i for i in count if torch.equal(self.values[i], self.values[o])] for o in operands
-        ]
-        return name, *(self.choose.choice(same) for same in equal)
+        return name, *(self.choose.choice(self.equal(o)) for o in operands)
+
+    def equal(self, operand: int) -> list[int]:
+        """All places where the value of an operand is found."""
+        return [i for i, v in enumerate(self.values) if torch.equal(v, self.values[operand])]
 
     def gradient(self) -> Instruction | None:
         alive = [i for i, v in enumerate(self.values) if v.requires_grad]
@@ -124,9 +127,19 @@ class _Maker:
         seed = None if self.choose.random() < 0.6 else self.any_value()
         return "gradient", outputs, points, seed
 
+    def gradient_again(self, instruction: Instruction) -> Instruction | None:
+        """A gradient of what has the same value, at points of the same value."""
+        _, outputs, points, seed = instruction
+        outputs = [self.choose.choice(self.equal(o)) for o in outputs]
+        points = [self.choose.choice(self.equal(p)) for p in points]
+        points = [p for p in points if p in self.places]
+        if not points or not all(self.reaches(outputs, p) for p in points):
+            return None
+        return "gradient", outputs, points, seed
+
     def reaches(self, outputs: list[int], point: int) -> bool:
         ends = [self.values[i] for i in outputs]
-        if not self.values[point].requires_grad:
+        if not all(u.requires_grad for u in (*ends, self.values[point])):
             return False
         (grad,) = torch.autograd.grad(
             ends,

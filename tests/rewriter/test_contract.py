@@ -368,6 +368,19 @@ def test_explain_runs_nothing(x: Tensor) -> None:
     assert len(text.splitlines()) < 40
 
 
+def test_explain_does_not_fill_the_cache(net: nn.Module, x: Tensor) -> None:
+    """Explaining as often as one likes, and twice decorating a function, leaves room to run."""
+    loss, other = eager(penalty), eager(penalty, strategy="reverse")
+    for _ in range(70):
+        loss.explain(net, x)
+    assert len(loss.steps) == 1
+    loss(net, x).backward()
+    other(net, x).backward()
+    assert loss.explain(net, x).sites[0].strategy == "jvp_over_gradient"
+    assert other.explain(net, x).sites[0].strategy == "reverse"
+    assert (len(loss.steps), len(other.steps)) == (1, 1)
+
+
 def test_report_graph_runs(x: Tensor) -> None:
     net = nn.Sequential(
         nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1)
