@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.variables import builtin as dynamo_builtins
+from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
@@ -35,6 +36,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptionError
+from rewriter.substitutes import SUBSTITUTES
 
 _lock = threading.RLock()
 
@@ -148,6 +150,28 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _inlined(substitute: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Dynamo trace our Python in place of a function that it does not trace."""
+
+    def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        function = VariableTracker.build(tx, substitute)
+        return tx.inline_user_function_return(function, list(args), kwargs)
+
+    return handle
+
+
+@contextlib.contextmanager
+def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
+    before = dict(handlers)
+    handlers[torch.autograd.grad] = _handle_autograd_grad
+    handlers.update({name: _inlined(body) for name, body in SUBSTITUTES.items()})
+    try:
+        yield
+    finally:
+        handlers.clear()
+        handlers.update(before)
+
+
 @contextlib.contextmanager
 def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
     """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block.
@@ -168,15 +192,8 @@ def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
         stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
         owner, name = _setattr_of_dynamo()
         stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
-        old = handlers.get(torch.autograd.grad)
-        handlers[torch.autograd.grad] = _handle_autograd_grad
-        try:
-            yield
-        finally:
-            if old is None:
-                del handlers[torch.autograd.grad]
-            else:
-                handlers[torch.autograd.grad] = old
+        stack.enter_context(_with_handlers(handlers))
+        yield
 
 
 def compile_function(

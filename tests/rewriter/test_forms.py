@@ -479,3 +479,75 @@ def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None
     report = check(loss, [net], x, dynamic=dynamic).explain(net, x)
     assert report.sites, "no derivative was found"
     assert report.flops <= report.flops_as_written
+
+
+# torch.autograd.functional
+
+FUNCTIONAL: list[Callable[..., Tensor]] = []
+functional = torch.autograd.functional
+
+
+def functional_form(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    FUNCTIONAL.append(loss)
+    return loss
+
+
+@functional_form
+def functional_jacobian(net: nn.Module, x: Tensor) -> Tensor:
+    return functional.jacobian(net, x, create_graph=True).square().sum()
+
+
+@functional_form
+def functional_jacobian_vectorized(net: nn.Module, x: Tensor) -> Tensor:
+    both = lambda a, b: (net(a * b), a.sum() * b)  # noqa: E731
+    blocks = functional.jacobian(both, (x, x.sin()), create_graph=True, vectorize=True)
+    return sum(block.square().sum() for row in blocks for block in row)
+
+
+@functional_form
+def functional_jacobian_detached(net: nn.Module, x: Tensor) -> Tensor:
+    return (functional.jacobian(net, x).square().sum((0, 1, 2, 3)) * net(x)).sum()
+
+
+@functional_form
+def functional_hessian(net: nn.Module, x: Tensor) -> Tensor:
+    return functional.hessian(scalar(net), x, create_graph=True).square().sum()
+
+
+@functional_form
+def functional_hessian_of_two(net: nn.Module, x: Tensor) -> Tensor:
+    both = lambda a, b: net(a * b).sum()  # noqa: E731
+    blocks = functional.hessian(both, (x, x.sin()), create_graph=True)
+    return sum(block.square().sum() for row in blocks for block in row)
+
+
+@functional_form
+def functional_vjp(net: nn.Module, x: Tensor) -> Tensor:
+    u, pulled = functional.vjp(net, x, torch.ones_like(net(x)), create_graph=True)
+    return pulled.square().sum() + u.sum()
+
+
+@functional_form
+def functional_jvp(net: nn.Module, x: Tensor) -> Tensor:
+    u, moved = functional.jvp(net, x, x.cos(), create_graph=True)
+    return moved.square().sum() + u.sum()
+
+
+@functional_form
+def functional_hvp(net: nn.Module, x: Tensor) -> Tensor:
+    value, product = functional.hvp(scalar(net), x, x.cos(), create_graph=True)
+    return product.square().sum() * value
+
+
+@functional_form
+def functional_vhp(net: nn.Module, x: Tensor) -> Tensor:
+    value, product = functional.vhp(scalar(net), x, x.cos(), create_graph=True)
+    return product.square().sum() * value
+
+
+@pytest.mark.parametrize("loss", FUNCTIONAL, ids=lambda f: f.__name__)
+def test_functional(loss: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    net = mlp(nn.Tanh, 3, 6, 2)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert check(loss, [net], x).explain(net, x).sites, "no derivative was found"

@@ -1,0 +1,142 @@
+"""`torch.autograd.functional`, written so that Dynamo can trace it.
+
+Each function does what its namesake does, with one `torch.autograd.grad` node where the original
+loops over rows; Dynamo inlines it in the namesake's place. Options that only say how to compute
+(``vectorize``, ``strategy``, ``outer_jacobian_strategy``) change nothing: the chooser decides that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import functional
+
+Tensors = Tensor | tuple[Tensor, ...]
+
+
+def _as_tuple(tensors: Any) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+
+
+def _points(inputs: Any, create_graph: bool) -> tuple[Tensor, ...]:
+    """Return what to differentiate at: the inputs themselves if their graph is to be kept."""
+    return tuple(
+        x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+        for x in _as_tuple(inputs)
+    )
+
+
+def _kept(values: Any, create_graph: bool) -> Any:
+    if create_graph:
+        return values
+    if isinstance(values, Tensor):
+        return values.detach()
+    return tuple(_kept(value, create_graph) for value in values)
+
+
+def _grads(
+    outputs: Any, points: tuple[Tensor, ...], seeds: Any, create_graph: bool, strict: bool
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        outputs,
+        points,
+        seeds,
+        create_graph=create_graph,
+        retain_graph=True,
+        materialize_grads=not strict,
+    )
+
+
+def _like(result: tuple[Tensor, ...], inputs: Any) -> Any:
+    return result[0] if isinstance(inputs, Tensor) else result
+
+
+def vjp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False,
+    strict: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return ``func(inputs)`` and ``⟨v, ∂func/∂inputs⟩``."""
+    points = _points(inputs, create_graph)
+    outputs = func(*points)
+    seeds = None if v is None else _as_tuple(v)
+    grads = _grads(_as_tuple(outputs), points, seeds, create_graph, strict)
+    return _kept(outputs, create_graph), _like(grads, inputs)
+
+
+def jvp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False,
+    strict: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return ``func(inputs)`` and ``∂func/∂inputs · v``."""
+    primals = _as_tuple(inputs)
+    directions = tuple(torch.ones_like(x) for x in primals) if v is None else _as_tuple(v)
+    both: Any = torch.func.jvp(func, primals, directions)
+    outputs, moved = both
+    return _kept(outputs, create_graph), _kept(moved, create_graph)
+
+
+def jacobian(
+    func: Callable[..., Any], inputs: Any, create_graph: bool = False, strict: bool = False,
+    vectorize: bool = False, strategy: str = "reverse-mode",
+) -> Any:  # fmt: skip
+    """Return ``∂func/∂inputs``, shape ``(*output.shape, *input.shape)`` per output and input."""
+    points = _points(inputs, create_graph)
+    outputs = func(*points)
+    rows = []
+    for u in _as_tuple(outputs):
+        n = u.numel()
+        seeds = torch.eye(n, dtype=u.dtype, device=u.device).reshape(n, *u.shape)
+        grads = torch.autograd.grad(
+            u,
+            points,
+            seeds,
+            create_graph=create_graph,
+            retain_graph=True,
+            is_grads_batched=True,
+            materialize_grads=not strict,
+        )
+        pairs = zip(grads, points, strict=True)
+        rows.append(_like(tuple(g.reshape(*u.shape, *x.shape) for g, x in pairs), inputs))
+    return rows[0] if isinstance(outputs, Tensor) else tuple(rows)
+
+
+def _gradient_of(func: Callable[..., Any], strict: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def gradient(*points: Tensor) -> tuple[Tensor, ...]:
+        return _grads(func(*points), points, None, True, strict)
+
+    return gradient
+
+
+def hessian(
+    func: Callable[..., Any], inputs: Any, create_graph: bool = False, strict: bool = False,
+    vectorize: bool = False, outer_jacobian_strategy: str = "reverse-mode",
+) -> Any:  # fmt: skip
+    """Return ``∂²func/∂inputs²`` of a scalar function."""
+    blocks = jacobian(_gradient_of(func, strict), _as_tuple(inputs), create_graph, strict)
+    return blocks[0][0] if isinstance(inputs, Tensor) else blocks
+
+
+def hvp(
+    func: Callable[..., Any], inputs: Any, v: Any = None, create_graph: bool = False,
+    strict: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return ``func(inputs)`` and its Hessian times ``v``."""
+    points = _points(inputs, create_graph)
+    output = func(*points)
+    first = _grads(output, points, None, True, strict)
+    directions = tuple(torch.ones_like(x) for x in points) if v is None else _as_tuple(v)
+    second = _grads(first, points, directions, create_graph, strict)
+    return _kept(output, create_graph), _like(second, inputs)
+
+
+SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.vjp: vjp,
+    functional.jvp: jvp,
+    functional.jacobian: jacobian,
+    functional.hessian: hessian,
+    functional.hvp: hvp,
+    functional.vhp: hvp,  # a Hessian is symmetric
+}
