@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
+from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.variables import builtin as dynamo_builtins
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
@@ -36,9 +37,11 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptionError
+from rewriter.stateful import WRITTEN_OUT, is_inside_transform, is_wrapped, write_outside
 from rewriter.substitutes import SUBSTITUTES
 
 _lock = threading.RLock()
+torch._dynamo.allow_in_graph(write_outside)
 
 DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException,)
 
@@ -97,6 +100,21 @@ def _setattr_on_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _run_node(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a transform's body write to tensors that the transform does not wrap."""
+
+    def run(tracer: Any, node: Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
+        name = str(node.target)
+        writes = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+        if writes and is_inside_transform() and not any(is_wrapped(x) for x in args):
+            node.op, node.target, node.args = "call_function", write_outside, (name, *node.args)
+            write_outside(name, *args, **kwargs)
+            return args[0]
+        return original(tracer, node, args, kwargs, nnmodule)
+
+    return run
+
+
 def _setattr_of_dynamo() -> tuple[Any, str]:
     """Return where Dynamo handles `setattr`; it moved between torch 2.11 and 2.13."""
     owner = getattr(dynamo_builtins, "SetAttrBuiltinVariable", None)
@@ -150,10 +168,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _inlined(substitute: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Dynamo trace our Python in place of a function that it does not trace."""
+def _inlined(
+    substitute: Callable[..., Any], when: Callable[[], bool] = lambda: True
+) -> Callable[..., Any]:
+    """Let Dynamo trace our Python in place of a function that it does not trace well."""
 
     def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not when():
+            return None
         function = VariableTracker.build(tx, substitute)
         return tx.inline_user_function_return(function, list(args), kwargs)
 
@@ -165,6 +187,9 @@ def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
     before = dict(handlers)
     handlers[torch.autograd.grad] = _handle_autograd_grad
     handlers.update({name: _inlined(body) for name, body in SUBSTITUTES.items()})
+    handlers.update(
+        {name: _inlined(body, is_inside_transform) for name, body in WRITTEN_OUT.items()}
+    )
     try:
         yield
     finally:
@@ -190,6 +215,7 @@ def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_quiet())
         stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
+        stack.enter_context(_replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
         owner, name = _setattr_of_dynamo()
         stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))

@@ -29,6 +29,7 @@ from passes.markers import (
 from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
+from rewriter.stateful import write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
@@ -149,6 +150,7 @@ class _Marking(Interpreter):
             torch._C._set_grad_enabled: self._set_grad_enabled,
             _AUTOGRAD._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
+            write_outside: self._write_outside,
             torch.nn.functional.dropout: dropout,
             predispatch._jvp_increment_nesting: self._enter_jvp,
             predispatch._jvp_decrement_nesting: self._leave_jvp,
@@ -252,6 +254,18 @@ class _Marking(Interpreter):
         running_mean.copy_(stop_mark(mean))
         running_var.copy_(stop_mark(var))
         return normal
+
+    def _write_outside(self, name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        stopped = [stop_mark(a) if _is_float_tensor(a) else a for a in arguments]
+        try:
+            getattr(x, name)(*stopped, **options)
+        except RuntimeError as error:
+            raise CaptureError(
+                "a derivative per sample (vmap) of a layer that mixes the batch and updates its "
+                "state, such as BatchNorm in train mode",
+                where(self.node_running),
+            ) from error
+        return torch.zeros((), dtype=x.dtype)
 
     # transforms
 
@@ -362,8 +376,12 @@ def _as_list(tensors: Any) -> list[Any]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
+def _is_float_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
+
+
 def _stopped(x: Tensor) -> Tensor:
-    return stop_mark(x) if x.dtype.is_floating_point or x.dtype.is_complex else x
+    return stop_mark(x) if _is_float_tensor(x) else x
 
 
 def _is_cut(node: Node) -> bool:

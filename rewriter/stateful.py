@@ -1,0 +1,98 @@
+"""Stateful layers under `torch.func` transforms, where PyTorch refuses to write their state.
+
+A transform wraps the tensors it differentiates and forbids in-place writes to all others, so
+BatchNorm in train mode is an error inside one. Its statistics are not part of what is
+differentiated; they are written outside of the transform, as often as the layer is called.
+Normalisation is written out, because its forward mode fails on the fake tensors of a capture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+_C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_inside_transform() -> bool:
+    """Whether a `torch.func` transform is running around this call."""
+    return _C.peek_interpreter_stack() is not None
+
+
+def is_wrapped(x: Any) -> bool:
+    """Whether a transform has wrapped this value."""
+    return isinstance(x, Tensor) and _C.is_functorch_wrapped_tensor(x)
+
+
+def write_outside(name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Call the in-place method ``name`` of ``x`` outside of every transform; return a zero."""
+    plain = [_unwrapped(item) for item in arguments]
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        getattr(x, name)(*plain, **options)
+        return x.new_zeros(())
+
+
+def _unwrapped(item: Any) -> Any:
+    while is_wrapped(item):
+        item = _C.get_unwrapped(item)
+    return item.detach() if isinstance(item, Tensor) else item
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(dims, keepdim=True)
+    variance = (x - mean).square().mean(dims, keepdim=True)
+    return (x - mean) * (variance + eps).rsqrt(), mean, variance
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    if weight is not None:
+        x = x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+def batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Do what `torch.nn.functional.batch_norm` does, statistics written outside."""
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    if not training and running_mean is not None and running_var is not None:
+        normal = (input - running_mean.view(shape)) * (running_var.view(shape) + eps).rsqrt()
+        return _scaled(normal, weight, bias, shape)
+    dims = [0, *range(2, input.dim())]
+    normal, mean, variance = _normalized(input, dims, eps)
+    if running_mean is not None and running_var is not None:
+        n = input.numel() // input.shape[1]
+        unbiased = variance.flatten() * (n / (n - 1))
+        write_outside("lerp_", running_mean, mean.flatten(), momentum)
+        write_outside("lerp_", running_var, unbiased, momentum)
+    return _scaled(normal, weight, bias, shape)
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Do what `torch.nn.functional.layer_norm` does."""
+    shape = list(normalized_shape)
+    normal, _, _ = _normalized(input, list(range(-len(shape), 0)), eps)
+    return _scaled(normal, weight, bias, shape)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Do what `torch.nn.functional.group_norm` does."""
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    normal, _, _ = _normalized(grouped, [-1], eps)
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    return _scaled(normal.reshape(input.shape), weight, bias, shape)
+
+
+WRITTEN_OUT = {F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm}
