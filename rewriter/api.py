@@ -107,8 +107,9 @@ class OptimizedLoss:
             with restored_on_error(self.as_written, args, kwargs):
                 value = self.as_written(*args, **kwargs)
         except Exception as error:
-            if hasattr(error, "add_note"):
-                error.add_note(f"{self._name} ran as written because of: {refusal}")
+            note: Any = getattr(error, "add_note", None)  # Python 3.11
+            if note is not None:
+                note(f"{self._name} ran as written because of: {refusal}")
             raise
         # An error of the user's own was raised above, as it is; what is left is ours to report.
         self._refused[_signature(args, kwargs)] = refusal

@@ -68,6 +68,8 @@ def batch_norm(
     normal, mean, variance = _normalized(input, dims, eps)
     if running_mean is not None and running_var is not None:
         n = input.numel() // input.shape[1]
+        if n == 1:
+            raise ValueError(f"Expected more than 1 value per channel, got {tuple(input.shape)}")
         unbiased = variance.flatten() * (n / (n - 1))
         write_outside("lerp_", running_mean, mean.flatten(), momentum)
         write_outside("lerp_", running_var, unbiased, momentum)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import placeholders
@@ -122,29 +123,42 @@ def test_size_hints_of_numbers() -> None:
     assert size_hints(traced(torch.sin, random_points(3))) == {}
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2)), (5, 3)),
-    "convolutions": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.SiLU(), nn.Conv2d(4, 3, 2)),
-        (2, 2, 9, 9),
-    ),
-    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 2, 4, 4)),
-    "attention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (2, 5, 8)),
+def mlp(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.addmm(v[0], (x @ w).tanh(), v)
+
+
+def convolutions(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.conv2d(torch.nn.functional.silu(torch.conv2d(x, w, stride=2)), v)
+
+
+def transposed(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.conv_transpose2d(x, w, stride=2) * v
+
+
+def attention(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(x @ w, x @ v, x)
+
+
+# network, shapes of the points and of two weights
+NETWORKS: dict[Callable[..., Tensor], tuple[tuple[int, ...], ...]] = {
+    mlp: ((5, 3), (3, 7), (7, 2)),
+    convolutions: ((2, 2, 9, 9), (4, 2, 3, 3), (3, 4, 2, 2)),
+    transposed: ((2, 2, 4, 4), (2, 3, 3, 3), (3, 1, 1)),
+    attention: ((2, 5, 8), (8, 8), (8, 8)),
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_counter_agrees_with_pytorch(name: str) -> None:
+@pytest.mark.parametrize("net", NETWORKS)
+def test_counter_agrees_with_pytorch(net: Callable[..., Tensor]) -> None:
     """Forward, gradient and the gradient of the gradient."""
-    make, shape = NETWORKS[name]
-    net, x = make().double(), random_points(*shape, grad=True)
+    x, w, v = (random_points(*shape, grad=True) for shape in NETWORKS[net])
 
     def work() -> None:
-        out = net(x, x, x, need_weights=False)[0] if name == "attention" else net(x)
+        out = net(x, w, v)
         (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         g.square().sum().backward()
 
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         with FlopCounter() as mine:
             work()
         with FlopCounterMode(display=False) as reference:

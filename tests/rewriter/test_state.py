@@ -72,12 +72,13 @@ def test_batch_norm_in_train_mode(
 
 def test_per_sample_derivative_of_a_layer_that_mixes_the_batch() -> None:
     def per_sample(net: nn.Module, x: Tensor) -> Tensor:
-        one = torch.func.jacrev(lambda z: net(z[None])[0])
+        one = torch.func.jacrev(lambda z: net(torch.stack([z, z.sin()]))[0])
         return torch.func.vmap(one)(x).square().sum()
 
     with pytest.raises(RuntimeError, match="would mutate a captured Tensor") as error:
         optimize_nested(per_sample, backend="eager")(batch_norm_net(), points())
-    assert "mixes the batch" in "".join(getattr(error.value, "__notes__", ["mixes the batch"]))
+    if hasattr(error.value, "add_note"):  # Python 3.11
+        assert "mixes the batch" in "".join(error.value.__notes__)
     check(per_sample, [batch_norm_net().eval()], points())
 
 
