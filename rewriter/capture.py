@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import traceback
 import warnings
@@ -246,7 +247,11 @@ def as_capture_error(error: BaseException) -> CaptureError | None:
         return CaptureError(f"internal error in optimize_nested: {inner!r}", _innermost(inner))
     if isinstance(error, DYNAMO_ERRORS):
         text = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return CaptureError(text[0] if text else type(error).__name__, _user_line(error, text))
+        reason = text[0] if text else type(error).__name__
+        got = re.search(r"got \w+\([\"'](.*?)[\"']\)", " ".join(text))
+        if got is not None:  # what an operator said on fake tensors
+            reason += f": {got[1]}"
+        return CaptureError(reason, _user_line(error, text))
     return None
 
 

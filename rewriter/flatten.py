@@ -29,7 +29,7 @@ from passes.markers import (
 from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
-from rewriter.stateful import write_outside
+from rewriter.stateful import MIXES, write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
@@ -260,11 +260,7 @@ class _Marking(Interpreter):
         try:
             getattr(x, name)(*stopped, **options)
         except RuntimeError as error:
-            raise CaptureError(
-                "a derivative per sample (vmap) of a layer that mixes the batch and updates its "
-                "state, such as BatchNorm in train mode",
-                where(self.node_running),
-            ) from error
+            raise CaptureError(MIXES, where(self.node_running)) from error
         return torch.zeros((), dtype=x.dtype)
 
     # transforms

@@ -18,6 +18,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+MIXES = (
+    "a derivative per sample (vmap) of a layer that mixes the batch and updates its state, such as "
+    "BatchNorm in train mode"
+)
+
+
 def is_inside_transform() -> bool:
     """Whether a `torch.func` transform is running around this call."""
     return _C.peek_interpreter_stack() is not None
@@ -30,10 +36,20 @@ def is_wrapped(x: Any) -> bool:
 
 def write_outside(name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Call the in-place method ``name`` of ``x`` outside of every transform; return a zero."""
+    if any(isinstance(item, Tensor) and _is_batched(item) for item in arguments):
+        raise RuntimeError(MIXES)
     plain = [_unwrapped(item) for item in arguments]
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         getattr(x, name)(*plain, **options)
         return x.new_zeros(())
+
+
+def _is_batched(x: Tensor) -> bool:
+    while is_wrapped(x):
+        if _C.is_batchedtensor(x):
+            return True
+        x = _C.get_unwrapped(x)
+    return False
 
 
 def _unwrapped(item: Any) -> Any:
