@@ -72,11 +72,14 @@ def _empty_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
 
 
-def scaled_mask(x: Tensor, p: float) -> Tensor:
-    """Draw dropout's mask for ``x``, already divided by ``1 - p``, as eager draws it: one number
-    per element in memory order."""
+def scaled_mask(x: Tensor, p: float, *, in_memory_order: bool = True) -> Tensor:
+    """Draw dropout's mask for ``x``, already divided by ``1 - p``, as eager draws it.
+
+    The generator hands out one number per element: in the order of memory, or inside of a
+    `torch.func` transform in the order of indices.
+    """
     order = list(range(x.dim()))
-    if not x.is_contiguous() and _is_dense(x):
+    if in_memory_order and not x.is_contiguous() and _is_dense(x):
         order.sort(key=lambda d: -x.stride(d))
     shape = [x.shape[d] for d in order]
     if x.device.type == "cpu":
@@ -86,15 +89,6 @@ def scaled_mask(x: Tensor, p: float) -> Tensor:
         mask, _ = torch.native_dropout(torch.ones(shape, dtype=x.dtype, device=x.device), p, True)
     back = [order.index(d) for d in range(x.dim())]
     return mask.permute(back)
-
-
-def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Do what `torch.nn.functional.dropout` does, with a draw that does not seem to depend on the
-    value of ``x``."""
-    if not training or p in (0, 1):
-        return torch.nn.functional.dropout(x, p, training, inplace)
-    mask = scaled_mask(x, p)
-    return x.mul_(mask) if inplace else x * mask
 
 
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> Any:

@@ -288,7 +288,9 @@ def source_name(placeholder: Node) -> str:
 
 
 def is_transformed() -> bool:
-    """Whether a `torch.func` transform or another compilation is running around this call."""
+    """Whether a transform, another compilation or a dispatch mode is running around this call."""
     return (
-        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        torch.compiler.is_compiling()
+        or is_inside_transform()
+        or torch._C._len_torch_dispatch_stack() > 0
     )

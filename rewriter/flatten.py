@@ -14,7 +14,7 @@ from torch._functorch import eager_transforms, predispatch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from passes.decompositions import dropout
+from passes.decompositions import scaled_mask
 from passes.graph import placeholders, results, where
 from passes.linearize import flatten_output
 from passes.markers import (
@@ -151,7 +151,7 @@ class _Marking(Interpreter):
             _AUTOGRAD._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
             write_outside: self._write_outside,
-            torch.nn.functional.dropout: dropout,
+            torch.nn.functional.dropout: self._dropout,
             predispatch._jvp_increment_nesting: self._enter_jvp,
             predispatch._jvp_decrement_nesting: self._leave_jvp,
             predispatch._enter_dual_level: lambda: None,
@@ -254,6 +254,15 @@ class _Marking(Interpreter):
         running_mean.copy_(stop_mark(mean))
         running_var.copy_(stop_mark(var))
         return normal
+
+    def _dropout(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        """Do what `dropout` does, with a draw that does not depend on the value of ``x``."""
+        if not training or p in (0, 1):
+            return torch.nn.functional.dropout(x, p, training, inplace)
+        mask = scaled_mask(x, p, in_memory_order=self.depth == 0)
+        return x.mul_(mask) if inplace else x * mask
 
     def _write_outside(self, name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         stopped = [stop_mark(a) if _is_float_tensor(a) else a for a in arguments]

@@ -46,7 +46,7 @@ class Marks(ABC):
         """``autograd.grad(outputs, inputs, seeds, create_graph=True)``."""
 
     def gradient(self, output: Tensor, *inputs: Tensor) -> Any:
-        """The gradient of the sum of one output; one tensor per input, not in a list for a single one."""
+        """The gradient of the sum of one output; a list only for several inputs."""
         grads = self.pull([output], inputs, [torch.ones_like(output)])
         return grads[0] if len(inputs) == 1 else grads
 

@@ -1,4 +1,4 @@
-"""Random losses of leaves, points, stops and gradients: what nobody would write, and somebody does."""
+"""Random losses of leaves, points, stops and gradients: what nobody would write."""
 
 from __future__ import annotations
 

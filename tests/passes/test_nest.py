@@ -161,7 +161,7 @@ def test_hidden_value_escapes(inputs: list[Tensor]) -> None:
         h = p @ w
         return (m.gradient(h.tanh().sin(), p) * h).sum() + h.tanh().square().sum()
 
-    module, after = assert_rewrites(loss, *inputs)
+    _, after = assert_rewrites(loss, *inputs)
     (node,) = sites(after)
     assert calls(after, aten.mm.default) == 0
     assert len(results(body_of(after, node).graph)) == 3
@@ -228,7 +228,7 @@ def test_two_outputs_of_one_body(inputs: list[Tensor]) -> None:
         du, dv = m.gradient(u, p), m.gradient(v, p)
         return (u * du[:, 0] + v * du[:, 1] - dv[:, 0]).square().sum()
 
-    module, after = assert_rewrites(loss, *inputs)
+    _, after = assert_rewrites(loss, *inputs)
     first, second = sites(after)
     assert calls(body_of(after, first), aten.tanh.default) == 1
     assert calls(body_of(after, second), aten.tanh.default) == 1
@@ -307,7 +307,7 @@ def test_laplacian(inputs: list[Tensor]) -> None:
         rows = [m.gradient(g[:, i], p)[:, i] for i in range(3)]
         return (torch.stack(rows).sum(0) + g[:, 0]).square().sum()
 
-    module, after = assert_rewrites(loss, *inputs)
+    _, after = assert_rewrites(loss, *inputs)
     orders = {site.order for site in all_sites(after, sites(after))}
     assert orders == {1, 2}
 
@@ -432,9 +432,7 @@ def test_one_point_of_two_is_not_reached(inputs: list[Tensor]) -> None:
 
 
 def symbolic(function: Any, *inputs: Tensor) -> GraphModule:
-    mode = FakeTensorMode(
-        allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False
-    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False)
     with torch.no_grad():
         module = trace_before_autograd(function, [mode.from_tensor(x) for x in inputs], mode)
     flatten_output(module.graph)
@@ -563,11 +561,10 @@ def test_where_names_the_innermost_frame_outside_of_torch() -> None:
 # Everything together
 
 
-@pytest.mark.parametrize("seed", [676, *range(40, 70)])
+@pytest.mark.parametrize("seed", [27, 28, 29, 30, 33, 37, 39, 41, 46, 47, 48, 49, 55, 56])
 def test_random_losses(seed: int) -> None:
     made = random_loss(seed)
-    if made is None:
-        pytest.skip("no gradient in this one")
+    assert made is not None
     loss, inputs = made
     rewritten(loss, inputs)
 

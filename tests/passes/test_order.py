@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
@@ -82,7 +83,7 @@ def test_shuffled_graphs_become_runnable() -> None:
         output = graph.output_node()
         for node in nodes:
             output.prepend(node)
-        for one, other in zip(draws, draws[1:], strict=False):
+        for one, other in itertools.pairwise(draws):
             one.append(other)  # a pass never swaps draws
         sort_nodes(graph)
         graph.lint()

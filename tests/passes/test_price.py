@@ -27,9 +27,7 @@ def traced(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 
 
 def dynamic(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
-    mode = FakeTensorMode(
-        allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False
-    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=False)
     return trace(lambda *values: (function(*values),), [mode.from_tensor(x) for x in inputs], mode)
 
 

@@ -283,7 +283,7 @@ def test_seeds_tell_gradients_apart(inputs: list[Tensor]) -> None:
 
 
 def test_dependent_points_are_not_joined(inputs: list[Tensor]) -> None:
-    """The gradient at ``p`` goes on through ``h``; in one call it would as well, but not by `nest`."""
+    """``∂u/∂p`` goes on through ``h``, so the two are no gradient in two variables."""
 
     def loss(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
         p = m.leaf(x)
@@ -382,12 +382,15 @@ def test_active_nodes(inputs: list[Tensor]) -> None:
     assert any(node.target is POINT for node in active_of(module, inputs))
 
 
-@pytest.mark.parametrize("seed", [82, 178, 348, 676, 716, 1098, 1548, 1648, 1710, 1850, *range(30)])
+# Seeds that make a gradient; the later ones once found something.
+SEEDS = [0, 1, 3, 8, 11, 12, 13, 16, 19, 21, 22, 24, 82, 348, 716, 1098, 1548, 1648, 1710, 1850]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_losses(seed: int) -> None:
     """Same values and gradients after `share` and `nest`, and nothing is left to merge."""
     made = random_loss(seed)
-    if made is None:
-        pytest.skip("no gradient in this one")
+    assert made is not None
     loss, inputs = made
     assert_rewrites(loss, *inputs)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes import tangent_rules as tables
 from passes.linearize import push_forward
-from passes.markers import STOP
+from passes.markers import STOP, stop
 from passes.tangent_rules import NoRule, tangent_of
 
 aten = torch.ops.aten
@@ -56,6 +57,7 @@ def integers(*values: Any) -> Tensor:
 def zero_cases() -> Iterator[Case]:
     x = spread(2, 3)
     yield Case(STOP, (x,))
+    yield Case(stop, (x,))
     for op in ("sign", "floor", "ceil", "round", "trunc", "sgn"):
         yield Case(getattr(aten, op).default, (x,))
     for op in ("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like"):
@@ -401,10 +403,8 @@ def test_nothing_moves(case: Case) -> None:
     assert tangents == [None] * len(values)
 
 
-TABLES = (tables.ZERO, tables.LINEAR, tables.BILINEAR, tables.RULES) + (
-    tables.ELEMENTWISE,
-    tables.FROM_BACKWARD,
-)
+FAMILIES = (tables.ZERO, tables.RULES, tables.FROM_BACKWARD, tables.ELEMENTWISE)
+TABLES = (*FAMILIES, tables.LINEAR, tables.BILINEAR)
 
 
 def test_every_row_has_a_case() -> None:
@@ -416,8 +416,7 @@ def test_every_row_has_a_case() -> None:
 
 def test_one_row_per_operator() -> None:
     """`tangent_of` reads the tables in order: a second row would never be used."""
-    families = (tables.ZERO, tables.RULES, tables.FROM_BACKWARD, tables.ELEMENTWISE)
-    for one, other in itertools.combinations(families, 2):
+    for one, other in itertools.combinations(FAMILIES, 2):
         assert {str(op) for op in set(one) & set(other)} == set()
 
 
@@ -493,26 +492,29 @@ def test_zero_is_kept_symbolic_inside_an_operator() -> None:
     module = GraphModule(torch.nn.Module(), graph)
     x = normal(3, 3)
 
-    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
-        found: list[Any] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            self.found.append(func)
-            return func(*args, **(kwargs or {}))
-
     with Calls() as calls:
         _, (tangent,) = push_forward(module, [x, x], [x, None])
     assert calls.found == [aten.addmm.default]
     assert torch.equal(tangent, x)
 
 
+class Calls(TorchDispatchMode):
+    """Writes down which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 def test_tuple_keeps_what_does_not_move() -> None:
     """Of `convolution_backward` only the weight's gradient moves with the input."""
-    case = Case(
-        aten.convolution_backward.default,
-        (normal(2, 3, 6), normal(2, 2, 6), normal(3, 2, 3), [3])
-        + ([1], [1], [1], False, [0], 1, [True, True, True]),
-    )
+    tensors = normal(2, 3, 6), normal(2, 2, 6), normal(3, 2, 3)
+    options = [3], [1], [1], [1], False, [0], 1, [True, True, True]
+    case = Case(aten.convolution_backward.default, (*tensors, *options))
     along = (None, normal(2, 2, 6), *[None] * 9)
     out = case.target(*case.args)
     to_input, to_weight, to_bias = tangent_of(case.target, out, case.args, {}, along)
@@ -530,6 +532,24 @@ def test_no_rule_names_the_operator() -> None:
     with pytest.raises(NoRule, match=r"optimize_nested_tests\.cube\.default: ") as caught:
         tangent_of(target, cube(x), (x,), {}, (x,))
     assert caught.value.target is target
+
+
+def test_result_without_a_tangent_is_not_constant() -> None:
+    """A factorisation beside the result: reading it is refused, leaving it alone is not."""
+    graph = Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    node = graph.call_function(aten._linalg_solve_ex.default, (a, b))
+    solution, factors = (graph.call_function(operator.getitem, (node, i)) for i in (0, 1))
+    graph.output((solution, factors))
+    module = GraphModule(torch.nn.Module(), graph)
+    matrix, vector = normal(3, 3) + 4 * torch.eye(3), normal(3)
+    with pytest.raises(NoRule, match="_linalg_solve_ex"):
+        push_forward(module, [matrix, vector], [normal(3, 3), None])
+    graph.output_node().args = ((solution,),)
+    graph.erase_node(factors)
+    moved = normal(3, 3)
+    (x,), (tangent,) = push_forward(module, [matrix, vector], [moved, None])
+    torch.testing.assert_close(tangent, -torch.linalg.solve(matrix, moved @ x))
 
 
 def test_argument_in_a_list_moves_alone() -> None:

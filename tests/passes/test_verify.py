@@ -109,9 +109,7 @@ def invalid_body(module: GraphModule) -> None:
 def mark_left_behind(module: GraphModule) -> None:
     first = placeholders(module.graph)[0]
     with module.graph.inserting_before(site(module)):
-        mark = module.graph.call_function(
-            torch.ops.optimize_nested.point.default, (first, [])
-        )
+        mark = module.graph.call_function(torch.ops.optimize_nested.point.default, (first, []))
     mark.meta["val"] = first.meta["val"]
 
 

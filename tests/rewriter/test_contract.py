@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from passes.price import FlopCounter
 from rewriter import OptimizedLoss, disabled, optimize_nested
 from tests.cases import mlp
 from tests.oracle import relative_error
@@ -398,6 +399,22 @@ def test_inside_torch_compile(net: nn.Module, x: Tensor) -> None:
     compiled = torch.compile(lambda net, x: 2 * loss(net, x), backend="eager")
     value = compiled(net, x)
     assert relative_error(value.detach(), 2 * on_input(net, x).detach()) < 1e-12
+
+
+def test_under_a_dispatch_mode(net: nn.Module, x: Tensor) -> None:
+    loss = eager(penalty)
+    loss(net, x)
+    with FlopCounter() as counter:
+        value = loss(net, x)
+    assert counter.flops > 0
+    assert relative_error(value.detach(), penalty(net, x).detach()) < 1e-12
+
+
+def test_under_a_transform(net: nn.Module, x: Tensor) -> None:
+    """Differentiated by `torch.func` from outside."""
+    loss = eager(on_input)
+    mine = torch.func.grad(lambda z: loss(net, z))(x)
+    assert relative_error(mine, torch.func.grad(lambda z: on_input(net, z))(x)) < 1e-12
 
 
 def test_check_passes_and_leaves_no_trace(x: Tensor) -> None:
