@@ -11,19 +11,18 @@ from torch.utils import _pytree as pytree
 from passes.graph import arguments, drop_dead, finish, is_impure, needs, reaches, value_of
 from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
+from passes.simplify.common import merge_common
 
 
 def share(module: GraphModule, active: set[Node]) -> int:
     """Compute each value once: ``f(x) … f(point(x)) → one f(point(x))``.
 
-    A mark changes what derivatives see, not the value. So ``net(x)`` written beside
-    ``net(x.detach().requires_grad_())`` is the same tensor, and using one for the other is exact
-    for every gradient when
+    Equal expressions are one expression. Beyond that, a mark changes what derivatives see and not
+    the value. So ``net(x)`` written beside ``net(x.detach().requires_grad_())`` is the same tensor,
+    and using one for the other is exact for every gradient when
 
     - a ``leaf`` or ``stop`` that is looked through has an input that carries no gradient anyway,
-      and
-    - no inner derivative taken at a point that only one of the two depends on sees the exchanged
-      use.
+    - no inner derivative at a point that either of the two depends on sees the exchanged use.
 
     Args:
         module: The flat graph; changed in place.
@@ -32,14 +31,34 @@ def share(module: GraphModule, active: set[Node]) -> int:
     Returns:
         How many nodes were merged.
     """
-    graph = module.graph
-    merged = _merge_points(graph, active) + _merge_values(graph, active)
+    total = 0
+    while merged := _one_round(module.graph, active):
+        total += merged
+    finish(module)
+    return total
+
+
+def _one_round(graph: Graph, active: set[Node]) -> int:
+    drop_dead(graph)
+    merged = _merge_expressions(graph)
+    merged += _merge_points(graph)
+    merged += _merge_values(graph, active)
+    drop_dead(graph)
     merged += _merge_gradients(graph)
     if merged:
         sort_nodes(graph)
         drop_dead(graph)
-        finish(module)
     return merged
+
+
+# Two marks on one tensor are two variables.
+_VARIABLES = (LEAF, POINT)
+_DERIVATIVES = (GRADIENT, TANGENT)
+
+
+def _merge_expressions(graph: Graph) -> int:
+    """Merge nodes that call the same operator on the same nodes."""
+    return merge_common(graph, apart=_VARIABLES)
 
 
 def _looked_through(node: Node, active: set[Node]) -> bool:
@@ -51,19 +70,19 @@ def _looked_through(node: Node, active: set[Node]) -> bool:
 def _seen_by(graph: Graph) -> dict[Node, set[Node]]:
     """Return for each point the nodes that a derivative at that point differentiates through."""
     seen: dict[Node, set[Node]] = {}
-    for mark in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
+    for mark in [node for node in graph.nodes if node.target in _DERIVATIVES]:
         through = needs(arguments(mark)[0]) | {mark}
         for point in arguments(mark)[1]:
             seen.setdefault(point, set()).update(through)
     return seen
 
 
-def _merge_points(graph: Graph, active: set[Node]) -> int:
+def _merge_points(graph: Graph) -> int:
     """Make one point of two marks on the same tensor that no derivative tells apart."""
     merged = 0
     first: dict[tuple[Any, Any], Node] = {}
-    for mark in [node for node in graph.nodes if node.target in (LEAF, POINT)]:
-        kept = first.setdefault((mark.target, arguments(mark)[0]), mark)
+    for mark in [node for node in graph.nodes if node.target in _VARIABLES]:
+        kept = first.setdefault((mark.target, mark.args[0]), mark)
         if kept is mark:
             continue
         seen = _seen_by(graph)
@@ -74,15 +93,41 @@ def _merge_points(graph: Graph, active: set[Node]) -> int:
     return merged
 
 
+class _Dependence:
+    """Which points each node depends on, as derivatives see it; kept up as nodes are merged."""
+
+    def __init__(self, points: set[Node]) -> None:
+        self.points = points
+        self.of: dict[Node, frozenset[Node]] = {}
+
+    def visit(self, node: Node) -> None:
+        found: set[Node] = {node} & self.points
+        if node.target not in (STOP, LEAF):
+            found.update(*(self.of.get(read, ()) for read in node.all_input_nodes))
+        self.of[node] = frozenset(found)
+
+    def revisit(self, nodes: list[Node]) -> None:
+        """Compute anew what depends on ``nodes``, as far as it was visited."""
+        behind = reaches(nodes) & self.of.keys()
+        for node in [n for n in self.of if n in behind]:
+            self.visit(node)
+
+
 def _merge_values(graph: Graph, active: set[Node]) -> int:
     seen = _seen_by(graph)
-    points_of = {point: reaches([point]) for point in seen}
+    dependence = _Dependence(set(seen))
     interned: dict[_Interned, _Interned] = {}
     number: dict[Node, Any] = {}
     classes: dict[Any, list[Node]] = {}
     merged = 0
-    for node in graph.nodes:
-        if is_impure(node):
+
+    def is_unseen(node: Node, other: Node) -> bool:
+        concerned = dependence.of[node] | dependence.of[other]
+        return bool(node.users) and all(not (seen[p] & set(node.users)) for p in concerned)
+
+    for node in list(graph.nodes):
+        dependence.visit(node)
+        if is_impure(node) or node.target in _DERIVATIVES:
             number[node] = node
             continue
         if _looked_through(node, active):
@@ -92,22 +137,17 @@ def _merge_values(graph: Graph, active: set[Node]) -> int:
         number[node] = key = interned.setdefault(key, key)
         equals = classes.setdefault(key, [])
         for other in equals:
-            differing = [p for p, after in points_of.items() if (node in after) != (other in after)]
-            unseen = all(not (seen[p] & set(node.users)) for p in differing)
-            if unseen and node.users:
+            if is_unseen(node, other):
                 node.replace_all_uses_with(other)
                 merged += 1
                 break
             # The other way round: the earlier one's uses may be free to take this one's place.
-            unseen = all(not (seen[p] & set(other.users)) for p in differing)
-            if unseen and other.users and differing:
+            if is_unseen(other, node):
+                users = list(other.users)
                 other.replace_all_uses_with(node)
+                dependence.revisit(users)
                 merged += 1
-                equals.remove(other)
-                equals.append(node)
-                break
-        else:
-            equals.append(node)
+        equals.append(node)
     return merged
 
 

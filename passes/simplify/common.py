@@ -15,13 +15,13 @@ aten = torch.ops.aten
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default}
 
 
-def merge_common(graph: Graph) -> int:
+def merge_common(graph: Graph, apart: tuple[Any, ...] = ()) -> int:
     """Merge nodes that call the same operator on the same arguments, in either order where the
-    operator commutes."""
+    operator commutes; calls of the operators in ``apart`` stay."""
     seen: dict[Any, Node] = {}
     changes = 0
     for node in list(graph.nodes):
-        if is_impure(node) or node.op not in ("call_function", "get_attr"):
+        if is_impure(node) or node.target in apart or node.op not in ("call_function", "get_attr"):
             continue
         first = seen.setdefault(_key(node), node)
         if first is not node:

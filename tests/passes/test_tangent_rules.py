@@ -214,6 +214,22 @@ def elementwise_cases() -> Iterator[Case]:
     yield Case(aten.hardtanh.default, (x, -0.4, 6))
 
 
+def complex_cases() -> Iterator[Case]:
+    """Derivatives along complex directions, conjugation included."""
+    z = torch.complex(uniform(2, 3), uniform(2, 3))
+    for op in ("exp", "log", "sin", "tanh", "reciprocal", "abs", "sgn", "angle", "sqrt", "_conj"):
+        yield Case(getattr(aten, op).default, (z,))
+    yield Case(aten.mul.Tensor, (z, z.exp()))
+    yield Case(aten.mul.Tensor, (z, uniform(3)))
+    yield Case(aten.div.Tensor, (z, z.exp()))
+    yield Case(aten.mm.default, (z, z.t().clone()))
+    yield Case(aten.pow.Tensor_Scalar, (z, 3))
+    yield Case(aten.sub.Tensor, (uniform(2, 3), z), {"alpha": 2})
+    yield Case(aten.where.self, (torch.tensor([True, False, True]), z, uniform(3)))
+    yield Case(aten._fft_r2c.default, (uniform(2, 6), [1], 0, True))
+    yield Case(aten._fft_c2r.default, (z, [1], 2, 4))
+
+
 def convolution_cases() -> Iterator[Case]:
     # (input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     line, image = normal(2, 2, 6), normal(2, 4, 5, 5)
@@ -296,13 +312,20 @@ def collect(*makers: Callable[[], Iterator[Case]]) -> list[Any]:
     found = []
     for maker in makers:
         for index, case in enumerate(maker()):
-            name = str(case.target).removeprefix("aten.").removesuffix(".default")
+            target = "stop" if case.target is stop else str(case.target)
+            name = target.removeprefix("aten.").removesuffix(".default")
             found.append(pytest.param(case, id=f"{index}-{name}"))
     return found
 
 
 RULES = collect(
-    linear_cases, sum_cases, product_cases, elementwise_cases, convolution_cases, reduction_cases
+    linear_cases,
+    sum_cases,
+    product_cases,
+    elementwise_cases,
+    convolution_cases,
+    reduction_cases,
+    complex_cases,
 )
 ZEROS = collect(zero_cases)
 FALLBACKS = collect(fallback_cases)
