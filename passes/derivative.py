@@ -119,7 +119,7 @@ class _Linearized(torch.autograd.Function):
         out = primal(*inputs)
         ctx.tangent, ctx.active, ctx.n_inputs = tangent, active, len(inputs)
         ctx.residuals = out[n_results:]
-        results = out[:n_results]
+        results = _apart(out[:n_results], inputs)
         ctx.like = [(r.shape, r.dtype, r.device) for r in results]
         ctx.mark_non_differentiable(
             *(r for i, r in enumerate(results) if i not in active[0] and isinstance(r, Tensor))
@@ -139,6 +139,17 @@ class _Linearized(torch.autograd.Function):
             )
         pulled = dict(zip(inputs, ctx.tangent(*ctx.residuals, *directions), strict=True))
         return (None, None, None, None, *(pulled.get(i) for i in range(ctx.n_inputs)))
+
+
+def _apart(results: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """Give each result an identity of its own: autograd takes equal tensors for one result."""
+    seen = {id(x) for x in inputs}
+    own = []
+    for result in results:
+        taken = isinstance(result, Tensor) and id(result) in seen
+        seen.add(id(result))
+        own.append(result.view_as(result) if taken else result)
+    return own
 
 
 def jvp_over_gradient(

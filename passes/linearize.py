@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from passes.graph import finish, placeholders, reaches, results
+from passes.graph import drop_dead, finish, placeholders, reaches, results
 from passes.simplify import simplify
 from passes.tangent_rules import tangent_of
 from passes.tracing import example_inputs, fake_mode_of, trace
@@ -184,5 +184,5 @@ def _extract(
             new[node] = graph.node_copy(node, copied)
     graph.output(tuple(copied(n) if isinstance(n, Node) else n for n in outputs))
     part = GraphModule(root, graph)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(graph)
     return finish(part)

@@ -121,12 +121,13 @@ def nest(module: GraphModule) -> int:
 
 
 def _split_dependent_points(graph: Graph) -> None:
-    """Give every point its own mark where one point of a mark is computed from another: each
-    gradient is a total derivative."""
+    """Give every point its own mark where one point of a mark is computed from another, or given
+    twice: each gradient is a total derivative."""
     for mark in list(graph.find_nodes(op="call_function", target=GRADIENT)):
         outputs, points, seeds, seed_dims = arguments(mark)
         after = [reaches([p]) for p in points]
-        if not any(p in after[i] for p in points for i, q in enumerate(points) if p is not q):
+        dependent = any(p in after[i] for p in points for i, q in enumerate(points) if p is not q)
+        if not dependent and len(set(points)) == len(points):
             continue
         with graph.inserting_before(mark):
             for index, point in enumerate(points):
@@ -162,6 +163,9 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     for node in inside:
         if is_random(node):
             raise NotNested(f"a random draw ({node.target}) depends on the point of a derivative")
+    for other in [n for n in graph.nodes if n.target in (GRADIENT, TANGENT) and n is not mark]:
+        if mark in needs(arguments(other)[0]) and inside.intersection(arguments(other)[1]):
+            raise NotNested("a derivative at a hidden value of another derivative that it contains")
     live = [i for i, u in enumerate(outputs) if u in inside or u in points]
     answers = range(len(points)) if backward else live
     _replace_with_zeros(graph, mark, [] if live else list(answers))

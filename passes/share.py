@@ -43,6 +43,7 @@ def _one_round(graph: Graph, active: set[Node]) -> int:
     merged = _merge_expressions(graph)
     merged += _merge_points(graph)
     merged += _merge_values(graph, active)
+    sort_nodes(graph)
     drop_dead(graph)
     merged += _merge_gradients(graph)
     if merged:

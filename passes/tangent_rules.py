@@ -309,7 +309,7 @@ def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -
         if isinstance(tangent, NotDifferentiable):
             raise NoRule(tangent.target, f"its result {args[1]} has no derivative")
         return tangent
-    if target in ZERO or not _can_move(out):
+    if not _can_move(out) or (target in ZERO and not _is_complex(out)):
         return None
     if target not in REAL_LINEAR and _is_complex([out, args]):
         return _pytorch_rule(target, out, args, kwargs, along)
@@ -361,6 +361,8 @@ def _pytorch_rule(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple
     except (RuntimeError, NotImplementedError) as error:
         raise NoRule(target, str(error).splitlines()[0]) from error
     if not isinstance(out, (tuple, list)):
+        if tangents is None:
+            raise NoRule(target, "PyTorch gives its result no tangent")
         return tangents
     # A factorisation kept for the backward pass is not differentiated; it is not constant either.
     return tuple(

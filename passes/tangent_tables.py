@@ -101,7 +101,6 @@ ELEMENTWISE: dict[Any, Callable[[Tensor, Tensor], Any]] = {
     aten.square.default: lambda y, x: 2 * x,
     aten.erf.default: lambda y, x: 1.1283791670955126 * (-(x * x)).exp(),
     aten.erfc.default: lambda y, x: -1.1283791670955126 * (-(x * x)).exp(),
-    aten.relu.default: lambda y, x: (y > 0).to(y.dtype),
 }
 
 # The derivative as PyTorch's own backward operator, applied to ẋ: rule(ẋ, y, x, *other arguments).

@@ -229,6 +229,9 @@ class _Marking(Interpreter):
         return self.env[source]
 
     def _set_grad_enabled(self, enabled: bool) -> None:
+        if self.duals and not enabled:
+            # Forward mode does not stop at no_grad, reverse mode does.
+            raise CaptureError("no_grad inside of forward mode", where(self.node_running))
         self.grad_enabled = enabled
 
     def _batch_norm(
