@@ -37,11 +37,6 @@ def arguments(node: Node) -> Any:
     return node.args
 
 
-def has_value(node: Any) -> bool:
-    """Whether the node's example value is a tensor."""
-    return isinstance(value_of(node), Tensor)
-
-
 def is_float(node: Any) -> bool:
     """Whether the node is a tensor that can carry a derivative."""
     value = value_of(node)

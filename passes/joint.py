@@ -125,9 +125,10 @@ def trace_step(
 
 
 def _finish(joint: GraphModule) -> None:
+    """Simplify; how many changes that took stays with the graph, for the report."""
     flatten_output(joint.graph)
     drop_stops(joint)
-    simplify(joint)
+    joint.meta["simplified"] = sum(simplify(joint).values())
 
 
 def drop_stops(module: GraphModule) -> int:

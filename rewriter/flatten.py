@@ -3,36 +3,24 @@ marks."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms, predispatch
-from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
+from torch.fx import GraphModule
 
-from passes.decompositions import scaled_mask
 from passes.graph import placeholders, results, where
 from passes.linearize import flatten_output
 from passes.markers import (
     STOP,
     NeedsBatchedPoint,
-    gradient_mark,
-    leaf_mark,
-    point_mark,
-    stop_mark,
-    tangent_mark,
 )
 from passes.tracing import fake_mode_of, trace_before_autograd
-from rewriter.capture import example_of, number_of, set_requires_grad
+from rewriter.capture import example_of
 from rewriter.errors import CaptureError, NeedsNumber
-from rewriter.stateful import MIXES, write_outside
+from rewriter.marking import Marking
 
-_C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-_AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 aten = torch.ops.aten
 
 
@@ -84,10 +72,10 @@ def flatten(captured: GraphModule) -> Flat:
     return Flat(module, n_outputs, _take_out_updates(module), marking.promoted)
 
 
-def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, _Marking]:
+def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, Marking]:
     examples = [example_of(node) for node in placeholders(captured.graph)]
     constants = [x.detach() if isinstance(x, Tensor) else x for x in examples]
-    marking = _Marking(captured, expand_points=expand_points)
+    marking = Marking(captured, expand_points=expand_points)
 
     def run(*values: Any) -> Any:
         try:
@@ -115,306 +103,3 @@ def _take_out_updates(module: GraphModule) -> tuple[int, ...]:
     output.args = ((*results(graph), *new.values()),)
     module.recompile()
     return tuple(new)
-
-
-class _Marking(Interpreter):
-    """Interpret a captured graph; derivatives are marked, all else is run."""
-
-    def __init__(self, captured: GraphModule, *, expand_points: bool) -> None:
-        super().__init__(captured)
-        self.expand_points = expand_points
-        self.depth = 0
-        self.grad_enabled = True
-        self.vmaps: list[tuple[int, int]] = []
-        self.level_at: dict[int, int] = {}
-        self.duals: list[list[tuple[Tensor, Tensor]]] = []
-        inputs = placeholders(captured.graph)
-        changed = {
-            node.args[0]
-            for node in captured.graph.find_nodes(op="call_function", target=set_requires_grad)
-        }
-        self.promoted = tuple(i for i, node in enumerate(inputs) if node in changed)
-        self.promoted_nodes = {inputs[i] for i in self.promoted}
-        self.raw: dict[Node, Any] = {}
-        self.handlers: dict[Any, Callable[..., Any]] = {
-            torch.autograd.grad: self._autograd_grad,
-            eager_transforms._autograd_grad: self._func_grad,
-            eager_transforms._set_tensor_requires_grad: lambda x: x,
-            _C._wrap_for_grad: lambda x, level: self._point(x),
-            predispatch._unwrap_for_grad: lambda x, level: x,
-            _C._grad_increment_nesting: self._enter,
-            _C._grad_decrement_nesting: self._leave,
-            _C.set_inplace_requires_grad_allowed: lambda allowed: None,
-            _AUTOGRAD._saved_tensors_hooks_disable: lambda message: None,
-            _AUTOGRAD._saved_tensors_hooks_enable: lambda: None,
-            torch._C._set_grad_enabled: self._set_grad_enabled,
-            _AUTOGRAD._get_data_attr: stop_mark,
-            torch.nn.functional.batch_norm: self._batch_norm,
-            write_outside: self._write_outside,
-            torch.nn.functional.dropout: self._dropout,
-            predispatch._jvp_increment_nesting: self._enter_jvp,
-            predispatch._jvp_decrement_nesting: self._leave_jvp,
-            predispatch._enter_dual_level: lambda: None,
-            predispatch._exit_dual_level: lambda level: None,
-            predispatch._make_dual: self._make_dual,
-            predispatch._unpack_dual: self._unpack_dual,
-            torch.autograd.forward_ad._maybe_load_decompositions: lambda: None,
-            torch._C._set_fwd_grad_enabled: lambda enabled: None,
-            predispatch.lazy_load_decompositions: lambda: None,
-            predispatch._vmap_increment_nesting: self._enter_vmap,
-            predispatch._vmap_decrement_nesting: self._leave_vmap,
-            predispatch._add_batch_dim: self._add_batch_dim,
-            predispatch._remove_batch_dim: self._remove_batch_dim,
-        }
-
-    # nodes
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        node = self.node_running
-        if node in self.promoted_nodes:
-            # What is computed from the input before `requires_grad_()` does not carry its gradient.
-            self.raw[node] = value
-            return stop_mark(value)
-        return value
-
-    def run_node(self, n: Node) -> Any:
-        self.node_running = n
-        if n.target is set_requires_grad or (
-            n.op == "call_method" and n.target == "requires_grad_"
-        ):
-            return self._set_requires_grad(n)
-        if not self.grad_enabled and _writes_to_differentiable(n):
-            raise CaptureError(
-                "an in-place write under no_grad to a tensor that requires grad", where(n)
-            )
-        try:
-            out = super().run_node(n)
-        except (CaptureError, NeedsBatchedPoint):
-            raise
-        except Exception as error:
-            if any(read.target is number_of for read in n.all_input_nodes):
-                raise NeedsNumber("a Python number is needed", where(n)) from error
-            raise CaptureError(f"{n.target}: {str(error).splitlines()[0]}", where(n)) from error
-        if n.op in ("placeholder", "output", "get_attr"):
-            return out
-        if self.grad_enabled and not (self.depth == 0 and _is_cut(n)):
-            return out
-        return pytree.tree_map_only(Tensor, _stopped, out)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        handler = self.handlers.get(target)
-        if handler is not None:
-            return handler(*args, **kwargs)
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            return self._higher_order(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
-
-    def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target.name() in ("tag_activation_checkpoint", "wrap_activation_checkpoint"):
-            body, *inputs = args
-            return body(*inputs)
-        raise CaptureError(f"{target.name()} is not understood yet", where(self.node_running))
-
-    def _set_requires_grad(self, node: Node) -> Any:
-        source = node.args[0]
-        assert isinstance(source, Node)
-        flag = node.args[1] if len(node.args) > 1 else node.kwargs.get("requires_grad", True)
-        if source in self.promoted_nodes:
-            if not flag:
-                raise CaptureError("requires_grad is switched off on an input", where(node))
-            self.env[source] = self.raw[source]
-        else:
-            self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
-        return self.env[source]
-
-    def _set_grad_enabled(self, enabled: bool) -> None:
-        if self.duals and not enabled:
-            # Forward mode does not stop at no_grad, reverse mode does.
-            raise CaptureError("no_grad inside of forward mode", where(self.node_running))
-        self.grad_enabled = enabled
-
-    def _batch_norm(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Normalise; in train mode write the running statistics as a step of its own, so that it
-        becomes functional."""
-        if not training or running_mean is None or running_var is None:
-            return torch.nn.functional.batch_norm(
-                x, running_mean, running_var, weight, bias, training, momentum, eps
-            )
-        normal, _, _, mean, var = aten._native_batch_norm_legit_functional(
-            x, weight, bias, running_mean, running_var, True, momentum, eps
-        )
-        running_mean.copy_(stop_mark(mean))
-        running_var.copy_(stop_mark(var))
-        return normal
-
-    def _dropout(
-        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        """Do what `dropout` does, with a draw that does not depend on the value of ``x``."""
-        if not training or p in (0, 1):
-            return torch.nn.functional.dropout(x, p, training, inplace)
-        mask = scaled_mask(x, p, in_memory_order=self.depth == 0)
-        return x.mul_(mask) if inplace else x * mask
-
-    def _write_outside(self, name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        stopped = [stop_mark(a) if _is_float_tensor(a) else a for a in arguments]
-        try:
-            getattr(x, name)(*stopped, **options)
-        except RuntimeError as error:
-            raise CaptureError(MIXES, where(self.node_running)) from error
-        return torch.zeros((), dtype=x.dtype)
-
-    # transforms
-
-    def _enter(self) -> None:
-        self.depth += 1
-
-    def _leave(self) -> None:
-        self.depth -= 1
-
-    def _enter_jvp(self) -> None:
-        self.depth += 1
-        self.duals.append([])
-
-    def _leave_jvp(self) -> None:
-        self.depth -= 1
-        self.duals.pop()
-
-    def _enter_vmap(self, batch_size: Any, randomness: str) -> None:
-        self.depth += 1
-        level = predispatch._vmap_increment_nesting(batch_size, randomness)
-        self.level_at[self.depth] = level
-        self.vmaps.append((level, batch_size))
-
-    def _leave_vmap(self) -> None:
-        self.depth -= 1
-        self.vmaps.pop()
-        predispatch._vmap_decrement_nesting()
-
-    def unwind(self) -> None:
-        """Leave the transforms that an error left open."""
-        while self.vmaps:
-            self._leave_vmap()
-        self.duals.clear()
-
-    def _add_batch_dim(self, x: Tensor, dim: int, level: int) -> Tensor:
-        return predispatch._add_batch_dim(x, dim, self.level_at[level])
-
-    def _remove_batch_dim(self, x: Tensor, level: int, batch_size: Any, dim: int) -> Tensor:
-        return predispatch._remove_batch_dim(x, self.level_at[level], batch_size, dim)
-
-    def _point(self, x: Tensor) -> Tensor:
-        anchors = [
-            predispatch._add_batch_dim(torch.zeros(size), 0, level)
-            for level, size in (self.vmaps if self.expand_points else ())
-        ]
-        return point_mark(x, anchors)
-
-    # derivatives
-
-    def _make_dual(self, x: Tensor, direction: Tensor, level: int = 0) -> Tensor:
-        point = self._point(x)
-        self.duals[-1].append((point, direction))
-        return point
-
-    def _unpack_dual(self, y: Tensor, level: int = 0) -> tuple[Tensor, Any]:
-        if example_of(self.node_running)[1] is None:
-            return y, None
-        points, directions = zip(*self.duals[-1], strict=True)
-        (moved,) = tangent_mark([y], list(points), list(directions), 0)
-        return y, moved
-
-    def _autograd_grad(
-        self,
-        outputs: Any,
-        inputs: Any,
-        grad_outputs: Any = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        only_inputs: bool = True,
-        allow_unused: bool | None = None,
-        is_grads_batched: bool = False,
-        materialize_grads: bool = False,
-    ) -> tuple[Any, ...]:
-        grads = self._marked(outputs, inputs, grad_outputs, int(is_grads_batched))
-        return grads if create_graph else tuple(g if g is None else stop_mark(g) for g in grads)
-
-    def _func_grad(
-        self,
-        outputs: Any,
-        inputs: Any,
-        grad_outputs: Any = None,
-        retain_graph: bool = False,
-        create_graph: bool = True,
-    ) -> tuple[Any, ...]:
-        return self._marked(outputs, inputs, grad_outputs, 0)
-
-    def _marked(
-        self, outputs: Any, inputs: Any, grad_outputs: Any, seed_dims: int
-    ) -> tuple[Any, ...]:
-        """Mark the derivatives that are not None; Dynamo ran autograd on fake tensors and knows
-        which are."""
-        outputs, inputs = _as_list(outputs), _as_list(inputs)
-        seeds = [None] * len(outputs) if grad_outputs is None else _as_list(grad_outputs)
-        seeds = [
-            torch.ones_like(u) if seed is None else seed
-            for u, seed in zip(outputs, seeds, strict=True)
-        ]
-        examples = example_of(self.node_running)
-        reached = [i for i, example in enumerate(examples) if example is not None]
-        if not reached:
-            return (None,) * len(inputs)
-        marked = gradient_mark(outputs, [inputs[i] for i in reached], seeds, seed_dims)
-        found = dict(zip(reached, marked, strict=True))
-        return tuple(found.get(i) for i in range(len(inputs)))
-
-
-def _as_list(tensors: Any) -> list[Any]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _is_float_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
-
-
-def _stopped(x: Tensor) -> Tensor:
-    return stop_mark(x) if _is_float_tensor(x) else x
-
-
-def _is_cut(node: Node) -> bool:
-    """Whether autograd, run by Dynamo on fake tensors, found no gradient to pass where one comes
-    in."""
-    out = example_of(node)
-    if not isinstance(out, Tensor) or out.requires_grad or not out.dtype.is_floating_point:
-        return False
-    return any(getattr(example_of(read), "requires_grad", False) for read in node.all_input_nodes)
-
-
-_IN_PLACE = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
-    operator.ipow, operator.imatmul,
-}  # fmt: skip
-
-
-def _writes_to_differentiable(node: Node) -> bool:
-    name = str(node.target)
-    in_place = node.target in _IN_PLACE or (
-        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    )
-    written = [node.args[0]] if in_place and node.args else []
-    if "out" in node.kwargs:
-        written.append(node.kwargs["out"])
-    return any(
-        isinstance(w, Node) and getattr(example_of(w), "requires_grad", False) for w in written
-    )

@@ -70,7 +70,7 @@ class Report:
             return f"runs as written: {self.reason}"
         assert self.graph is not None
         inputs = ", ".join(describe(value_of(n)) for n in placeholders(self.graph.graph))
-        lines = [f"{len(self.sites)} nested derivative(s), inputs {_shortened(inputs, 60)}"]
+        lines = [f"{len(self.sites)} nested derivative(s), inputs {_shortened(inputs, 80)}"]
         for site in self.sites:
             lines.append(
                 f"  {site.name}: {site.operator}, order {site.order}, {site.status} "

@@ -136,7 +136,8 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
     seeded = not _is_one_scalar(module, roles)
     choice = choose(module, roles, seeded, captured, as_written, flat.promoted, options)
     stage("choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
-    stage("joint", lambda: (choice.joint, 0), choice.trace_seconds)
+    simplified = choice.joint.meta["simplified"]
+    stage("joint", lambda: (choice.joint, simplified), choice.trace_seconds)
     return Rewritten(
         captured=captured,
         names=tuple(source_name(node) for node in placeholders(captured.graph)),
