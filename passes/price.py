@@ -88,23 +88,35 @@ def price(module: GraphModule) -> Price:
 
 
 def size_hints(module: GraphModule) -> dict[sympy.Symbol, int]:
-    """Return the sizes a graph with symbolic sizes was captured at."""
+    """Return the sizes a graph with symbolic sizes was captured at.
+
+    A symbol that was found equal to another, or to a number, since an expression was made counts
+    as well.
+    """
     hints: dict[sympy.Symbol, int] = {}
     for node in placeholders(module.graph):
         value: Any = value_of(node)
-        sizes = [value] if not hasattr(value, "shape") else [*value.shape, *value.stride()]
+        sizes = [*value.shape, *value.stride()] if isinstance(value, Tensor) else [value]
         for size in sizes:
-            symbolic = getattr(size, "node", None)
-            if symbolic is not None:
-                for symbol in symbolic.expr.free_symbols:
-                    hints[symbol] = _hint(symbolic.shape_env, symbol)
+            shapes = getattr(getattr(size, "node", None), "shape_env", None)
+            if shapes is not None:
+                hints |= {symbol: int(number) for symbol, number in _known_sizes(shapes).items()}
     return hints
 
 
-def _hint(shape_env: Any, symbol: sympy.Symbol) -> int:
-    """Return the size behind a symbol; the accessor was renamed between torch 2.11 and 2.13."""
-    read = getattr(shape_env, "guarding_hint_or_throw", None) or shape_env.size_hint
-    return int(read(symbol))
+def _known_sizes(shapes: Any) -> dict[sympy.Symbol, Any]:
+    """Return what symbols stand for; the table was renamed between torch 2.11 and 2.13."""
+    known = getattr(shapes, "backed_var_to_val", None)
+    return shapes.var_to_val if known is None else known
+
+
+# What a tensor subclass is asked about itself: nothing runs.
+_QUESTIONS = {
+    torch.ops.aten.size, torch.ops.aten.sym_size, torch.ops.aten.stride, torch.ops.aten.sym_stride,
+    torch.ops.aten.storage_offset, torch.ops.aten.sym_storage_offset, torch.ops.aten.numel,
+    torch.ops.aten.sym_numel, torch.ops.aten.dim, torch.ops.aten.is_contiguous,
+    torch.ops.aten.is_strides_like_format, torch.ops.aten.is_non_overlapping_and_dense,
+}  # fmt: skip
 
 
 class FlopCounter(TorchDispatchMode):
@@ -127,11 +139,13 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim" or func._overloadpacket in _QUESTIONS:
+            return NotImplemented
         if func is torch.ops.aten._efficientzerotensor.default:
             # A zero tangent without storage; on fake tensors it loses its device.
             return torch.zeros(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
-        if formula is None and func is not torch.ops.prim.device.default:
+        if formula is None:
             out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
