@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import functional
 
-Tensors = Tensor | tuple[Tensor, ...]
-
 
 def _as_tuple(tensors: Any) -> tuple[Tensor, ...]:
     return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
