@@ -19,6 +19,7 @@ from passes.tracing import example_inputs
 from rewriter.as_written import AsWritten
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.options import Options
+from rewriter.stateful import WRITTEN_OUT
 
 AS_WRITTEN = "as written"
 REVERSE = "reverse"
@@ -213,6 +214,11 @@ def _as_written(
     """Trace the captured graph itself, derivatives and all, under autograd: never dearer than as
     written."""
     like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
+    # PyTorch's own higher derivatives of norm layers are wrong; their formulas' are not.
+    captured = copy_graph(captured)
+    for node in captured.graph.nodes:
+        node.target = WRITTEN_OUT.get(node.target, node.target)
+    captured.recompile()
 
     def run(inputs: list[Any]) -> list[Any]:
         for i in roles.updated:

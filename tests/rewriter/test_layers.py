@@ -23,6 +23,14 @@ def test_layer(network: str, loss: str) -> None:
     assert report.flops <= report.flops_as_written
 
 
+@pytest.mark.parametrize("network", ["layer_norm", "group_norm", "batch_norm_train"])
+@pytest.mark.parametrize("strategy", ["as written", "reverse", "jvp_over_gradient"])
+def test_third_order_in_every_form(network: str, strategy: str) -> None:
+    net, x = make(network)
+    reference = [with_written_norms(make(network)[0])]
+    check(LOSSES["second_order"], [net], x, reference=reference, strategy=strategy)
+
+
 def test_pytorch_is_wrong_at_third_order() -> None:
     """Why norms are taken apart: if this fails PyTorch was mended, and `WrittenNorm` can go."""
     net, x = make("layer_norm")
