@@ -186,3 +186,8 @@ def random_points(*shape: int, grad: bool = False) -> Tensor:
 def calls(module: GraphModule, target: Any) -> int:
     """How many nodes call an operator, the bodies of derivatives not counted."""
     return len(module.graph.find_nodes(op="call_function", target=target))
+
+
+def net(x: Tensor, w: Tensor) -> Tensor:
+    """One layer: what most losses here differentiate."""
+    return torch.tanh(x @ w)

@@ -28,23 +28,13 @@ from tests.passes.flat import (
     calls,
     flat_graph,
     nested,
+    net,
     random_points,
     step,
 )
 from tests.passes.random_losses import random_loss
 
 aten = torch.ops.aten
-
-
-@pytest.fixture
-def inputs() -> list[Tensor]:
-    """Points, a weight that requires grad, and points of another kind."""
-    torch.manual_seed(8)
-    return [random_points(5, 3), random_points(3, 3, grad=True), random_points(5, 3)]
-
-
-def net(x: Tensor, w: Tensor) -> Tensor:
-    return torch.tanh(x @ w)
 
 
 def rewritten(loss: Loss, inputs: list[Tensor]) -> GraphModule:

@@ -18,6 +18,7 @@ from tests.passes.flat import (
     calls,
     flat_graph,
     nested,
+    net,
     random_points,
     shared,
 )
@@ -37,10 +38,6 @@ def inputs() -> list[Tensor]:
     """Points, a weight that requires grad, and points of another kind."""
     torch.manual_seed(6)
     return [random_points(5, 3), random_points(3, 3, grad=True), random_points(5, 3)]
-
-
-def net(x: Tensor, w: Tensor) -> Tensor:
-    return torch.tanh(x @ w)
 
 
 # Merged
