@@ -35,6 +35,14 @@ demo: setup ## Train Burgers' equation as written and rewritten, side by side
 test: setup ## Run the tests, two at a time (options for pytest: ARGS="-k name")
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# How many random programs `make fuzz` runs, shared out among the families in tests/programs.py.
+N ?= 1000
+
+.PHONY: fuzz
+fuzz: setup ## Compare random programs with themselves as written, others each time (N=5000)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 7)) \
+		$(BIN)/python -m pytest tests/test_fuzz.py -s --hypothesis-profile=fuzz $(ARGS)
+
 .PHONY: lint
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

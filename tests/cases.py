@@ -275,6 +275,8 @@ class WrittenNorm(nn.Module):
                 self.running_var.mul_(0.9).add_(0.1 * variance.flatten() * n / (n - 1))
                 self.num_batches_tracked.add_(1)
         normal = (x - mean) * (variance + layer.eps).rsqrt()
+        if layer.weight is None:
+            return normal
         return normal * self.weight.view(shape) + self.bias.view(shape)
 
 

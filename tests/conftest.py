@@ -1,11 +1,30 @@
-"""Each test starts without anything compiled before."""
+"""Each test starts without anything compiled before; how many random programs there are."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Programs per family: the same in every run of the tests; others each time for `make fuzz`.
+settings.register_profile(
+    "tests",
+    max_examples=22,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile(
+    "fuzz",
+    settings.get_profile("tests"),
+    max_examples=int(os.environ.get("PROGRAMS_PER_FAMILY", "100")),
+    derandomize=False,
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)
