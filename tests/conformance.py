@@ -1,0 +1,629 @@
+"""PyTorch's own operator database as a conformance test.
+
+Every differentiable entry of ``op_db`` and ``module_db`` becomes a loss with a derivative inside:
+the gradient of a weighted sum of the operator's results, squared, differentiated once more. The
+rewritten loss is compared with the loss as written in float64. Run all of it, and write
+``docs/conformance.md``, with::
+
+    python -m tests.conformance
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import operator
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rewriter import NestedGradientWarning, OptimizedLoss, optimize_nested
+from rewriter.errors import OptionError
+from tests.oracle import Outcome, relative_error
+
+TABLE = Path(__file__).parent.parent / "docs" / "conformance.md"
+PINNED = "2.13.0"
+SEED = 17
+SAMPLES = 3
+LARGEST = 2000  # elements of all tensors of a sample
+SECONDS = 240.0  # for one entry
+TOLERANCE = 1e-9
+FORCED = ("jvp_over_gradient", "reverse")
+
+REWRITTEN = "rewritten"
+AS_WRITTEN = "as written"
+BEYOND = "beyond eager"
+REFUSED = "eager refuses"
+SKIPPED = "not differentiable"
+WRONG = "WRONG"
+CRASH = "CRASH"
+RESULTS = (REWRITTEN, BEYOND, AS_WRITTEN, REFUSED, SKIPPED, WRONG, CRASH)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one entry, or of one sample of it.
+
+    Attributes:
+        entry: The entry's name.
+        result: One of ``RESULTS``.
+        strategies: The strategies whose numbers were compared and agree.
+        reason: Why a strategy was refused, why the loss ran as written, or what went wrong.
+        samples: How many samples were run.
+    """
+
+    entry: str
+    result: str
+    strategies: tuple[str, ...] = ()
+    reason: str = ""
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A loss and its arguments.
+
+    Attributes:
+        function: The operator, or None for a module.
+        module: The module, or None for an operator.
+        finish: Applied to the results before they are differentiated.
+        args: Positional arguments; floating-point tensors that require grad are differentiated.
+        kwargs: Keyword arguments.
+    """
+
+    function: Callable[..., Any] | None
+    module: nn.Module | None
+    finish: Callable[[Any], Any] | None
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+# Losses
+
+
+def _results(value: Any) -> list[Tensor]:
+    """Return the real tensors among the results that carry a gradient."""
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _results(item)]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _results(item)]
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return []
+    return _parts(value)
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    return [value.real, value.imag] if value.is_complex() else [value]
+
+
+def _squared_gradient(value: Any, at: list[Tensor]) -> Tensor:
+    """Return ``‖∇⟨w, y + y²/5⟩‖² + ‖y‖²``, the gradient taken at ``at``.
+
+    The square under the weights gives operators that are linear a second derivative too.
+    """
+    ends = _results(value)
+    total = 0.0
+    for y in ends:
+        w = 1.5 + torch.arange(y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape).cos()
+        total = total + (w * (y + 0.2 * y * y)).sum()
+    grads = torch.autograd.grad(total, at, create_graph=True, allow_unused=True)
+    loss = 0.0
+    for g in grads:
+        if g is not None:
+            for part in _parts(g):
+                loss = loss + (part * part).sum()
+    for y in ends:
+        loss = loss + (y * y).sum()
+    return loss
+
+
+def make_loss(sample: Sample) -> Callable[..., Tensor]:
+    """Return the loss of a sample as a function of ``(at, args, kwargs)``, or of ``(module, at,
+    args, kwargs)``."""
+    function, finish = sample.function, sample.finish
+
+    def of_operator(at: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        value = function(*args, **kwargs)
+        return _squared_gradient(value if finish is None else finish(value), at)
+
+    def of_module(
+        module: nn.Module, at: list[Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        inner = at if at else [p for p in module.parameters() if p.requires_grad]
+        return _squared_gradient(module(*args, **kwargs), inner)
+
+    return of_operator if sample.module is None else of_module
+
+
+# Samples
+
+
+def entries() -> dict[str, Any]:
+    """Return the differentiable entries of both databases by name, in the order of the table."""
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
+    found: dict[str, Any] = {}
+    for op in op_db:
+        if op.supports_autograd:
+            name = f"{op.name} ({op.variant_test_name})" if op.variant_test_name else op.name
+            found[name] = op
+    found = dict(sorted(found.items()))
+    modules = {info.formatted_name.replace("_", ".", 1): info for info in module_db}
+    return found | dict(sorted(modules.items()))
+
+
+def _seed() -> None:
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(SEED)
+
+
+def _plain(op: Any) -> Callable[..., Any]:
+    """Return the operator as users call it: the database wraps random ones in a seed of its own."""
+    code = getattr(op.op, "__code__", None)
+    if code is not None and "wrapper_set_seed" in code.co_names:
+        return operator.attrgetter(op.name)(torch)
+    return op.op
+
+
+def _identity(function: Any) -> bool:
+    """Whether a database's post-processing is the default, which does nothing."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_code == (lambda x: x).__code__.co_code
+
+
+def _operator_samples(op: Any) -> Iterator[Sample]:
+    backward = op.supported_backward_dtypes("cpu")
+    dtype = torch.float64 if torch.float64 in backward else torch.complex128
+    if dtype not in backward:
+        return
+    function = _plain(op)
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+        finish = sample.output_process_fn_grad
+        yield Sample(
+            function,
+            None,
+            None if _identity(finish) else finish,
+            (sample.input, *sample.args),
+            dict(sample.kwargs),
+        )
+
+
+def _module_samples(info: Any) -> Iterator[Sample]:
+    for training in (True, False) if info.train_and_eval_differ else (True,):
+        inputs = info.module_inputs_func(
+            info,
+            device="cpu",
+            dtype=torch.float64,
+            requires_grad=True,
+            training=training,
+        )
+        for given in inputs:
+            if given.forward_input is None:
+                continue
+            made = given.constructor_input
+            module = info.module_cls(*made.args, **made.kwargs).double()
+            module.train(training)
+            call = given.forward_input
+            yield Sample(None, module, None, tuple(call.args), dict(call.kwargs))
+
+
+def _points(sample: Sample) -> list[Tensor]:
+    """Return the tensors among the arguments to differentiate with respect to."""
+    leaves = pytree.tree_leaves((sample.args, sample.kwargs))
+    return [
+        x
+        for x in leaves
+        if isinstance(x, Tensor)
+        and x.requires_grad
+        and (x.dtype.is_floating_point or x.dtype.is_complex)
+    ]
+
+
+def _is_useful(sample: Sample) -> bool:
+    tensors = [x for x in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(x, Tensor)]
+    at = _points(sample)
+    if sample.module is not None:
+        at = [*at, *sample.module.parameters()]
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in at):
+            return True
+    if any(x.layout is not torch.strided for x in tensors):
+        return False
+    return bool(at) and sum(x.numel() for x in at) > 0 and sum(x.numel() for x in tensors) < LARGEST
+
+
+def samples_of(info: Any) -> list[Sample]:
+    """Return up to `SAMPLES` samples of an entry, spread over all it has; small ones with something
+    to differentiate."""
+    _seed()
+    make = _module_samples if hasattr(info, "module_cls") else _operator_samples
+    useful = []
+    for sample in make(info):
+        if _is_useful(sample):
+            useful.append(sample)
+        if len(useful) >= 40:
+            break
+    if len(useful) <= SAMPLES:
+        return useful
+    step = (len(useful) - 1) / (SAMPLES - 1)
+    return [useful[round(i * step)] for i in range(SAMPLES)]
+
+
+# One entry
+
+
+class _Differs(Exception):
+    """Numbers that should agree and do not."""
+
+
+def _arguments(sample: Sample) -> tuple[list[nn.Module], list[Tensor], tuple, dict[str, Any]]:
+    """Return copies of what the loss takes: modules, points, arguments, keyword arguments."""
+    import copy
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    args, kwargs = pytree.tree_map(own, (sample.args, sample.kwargs))
+    made = dataclasses.replace(sample, args=args, kwargs=kwargs)
+    modules = [] if sample.module is None else [copy.deepcopy(sample.module)]
+    return modules, _points(made), args, kwargs
+
+
+def _run(loss: Callable[..., Tensor], sample: Sample) -> Outcome:
+    """Run one step on copies."""
+    modules, at, args, kwargs = _arguments(sample)
+    _seed()
+    value = loss(*modules, at, args, kwargs)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise _Nothing("nothing to differentiate")
+    value.backward()
+    grads = {f"argument {i}": x.grad for i, x in enumerate(at)}
+    for module in modules:
+        grads |= {name: p.grad for name, p in module.named_parameters()}
+    buffers = {name: b for module in modules for name, b in module.named_buffers()}
+    return Outcome(value.detach(), grads, buffers, torch.get_rng_state())
+
+
+class _Nothing(Exception):
+    """A sample without anything to differentiate."""
+
+
+def _compare(mine: Outcome, reference: Outcome) -> None:
+    """Compare value, gradients, buffers and generator.
+
+    Raises:
+        _Differs: Names what differs and by how much.
+    """
+    sizes = [
+        g[g.isfinite()].abs().max().item()
+        for g in reference.grads.values()
+        if g is not None and g.isfinite().any()
+    ]
+    floor = 1e-5 * max(sizes, default=0.0)
+    rows = [("value", mine.value, reference.value, 0.0)]
+    rows += [(f"gradient of {n}", mine.grads[n], g, floor) for n, g in reference.grads.items()]
+    rows += [(f"buffer {n}", mine.buffers[n], b, 0.0) for n, b in reference.buffers.items()]
+    for name, ours, theirs, size in rows:
+        error = _error(ours, theirs, size)
+        if not error <= TOLERANCE:
+            raise _Differs(f"{name} differs by {error:.2g}")
+    if not torch.equal(mine.generator, reference.generator):
+        raise _Differs("the generator ends elsewhere")
+
+
+def _error(mine: Tensor | None, reference: Tensor | None, floor: float) -> float:
+    """Return the relative error over the entries that are finite; infinite where others are not the
+    same."""
+    if mine is None or reference is None:
+        return relative_error(mine, reference)
+    if mine.shape != reference.shape or mine.dtype != reference.dtype:
+        return float("inf")
+    if mine.is_complex():
+        mine, reference = torch.view_as_real(mine), torch.view_as_real(reference)
+    finite = reference.isfinite()
+    if not torch.equal(mine.nan_to_num()[~finite], reference.nan_to_num()[~finite]):
+        return float("inf")
+    return relative_error(mine[finite], reference[finite], floor)
+
+
+def _taken(loss: OptimizedLoss) -> set[str]:
+    return {
+        name for step in loss.steps for name in step.rewritten.choice.taken.strategies.values()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _rewritten(sample: Sample, strategy: str) -> tuple[Outcome, OptimizedLoss, str]:
+    """Run the rewritten loss; return what it leaves, the decorated loss and why it ran as
+    written."""
+    torch._dynamo.reset()
+    loss = optimize_nested(make_loss(sample), backend="eager", strategy=strategy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = _run(loss, sample)
+    said = [str(w.message) for w in caught if w.category is NestedGradientWarning]
+    reason = said[0].split(" runs as written: ", 1)[1].rsplit(" (at ", 1)[0] if said else ""
+    return found, loss, reason
+
+
+def _directional_error(sample: Sample, mine: Outcome) -> float:
+    """Compare our gradient along a random direction with differences of the value as written, whose
+    inner gradient is PyTorch's first derivative."""
+    loss = make_loss(sample)
+    modules, at, _, _ = _arguments(sample)
+    leaves = [*at, *(p for m in modules for p in m.parameters())]
+    names = [*(f"argument {i}" for i in range(len(at)))]
+    names += [n for m in modules for n, _ in m.named_parameters()]
+    _seed()
+    directions = [torch.randn_like(x) for x in leaves]
+    expected = sum(
+        (mine.grads[n].conj() * v).real.sum().item()
+        for n, v in zip(names, directions, strict=True)
+        if mine.grads[n] is not None
+    )
+
+    def value(step: float) -> float:
+        modules, at, args, kwargs = _arguments(sample)
+        leaves = [*at, *(p for m in modules for p in m.parameters())]
+        with torch.no_grad():
+            for x, v in zip(leaves, directions, strict=True):
+                x += step * v
+        _seed()
+        return loss(*modules, at, args, kwargs).item()
+
+    errors = []
+    for h in (1e-2, 1e-3, 1e-4):
+        slope = (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h)
+        errors.append(abs(slope - expected) / max(abs(slope), 1e-8))
+    return min(errors)
+
+
+def run_sample(name: str, sample: Sample) -> Result:
+    """Compare every strategy on one sample with the loss as written."""
+    refusal = ""
+    reference = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference = _run(make_loss(sample), sample)
+    except _Nothing as nothing:
+        return Result(name, SKIPPED, (), str(nothing))
+    except Exception as error:
+        refusal = _first_line(error)
+    verified: list[str] = []
+    reasons: list[str] = []
+    for strategy in ("auto", *FORCED):
+        if strategy in verified:
+            continue
+        try:
+            mine, loss, reason = _rewritten(sample, strategy)
+        except OptionError as error:
+            text = str(error).split(f"{strategy!r}: ", 1)[-1]
+            reasons.append(f"{strategy}: {text.rsplit('. It accepts', 1)[0]}")
+            continue
+        except Exception as error:
+            if reference is None:
+                return Result(name, REFUSED, (), refusal)
+            return Result(name, CRASH, (strategy,), _first_line(error))
+        if reference is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                error = _directional_error(sample, mine)
+            if not error <= 1e-6:
+                return Result(name, WRONG, (strategy,), f"off by {error:.2g} of differences")
+        else:
+            try:
+                _compare(mine, reference)
+            except _Differs as difference:
+                return Result(name, WRONG, tuple(_taken(loss)), str(difference))
+        if reason:
+            return Result(name, AS_WRITTEN, (), reason)
+        verified += [taken for taken in sorted(_taken(loss)) if taken not in verified]
+    if reference is None:
+        return Result(name, BEYOND, tuple(sorted(verified)), refusal)
+    return Result(name, REWRITTEN, tuple(sorted(verified)), "; ".join(reasons))
+
+
+def run_entry(name: str, info: Any) -> Result:
+    """Run the samples of an entry; the worst of them is the entry's result."""
+    try:
+        samples = samples_of(info)
+    except Exception as error:
+        return Result(name, SKIPPED, (), f"no samples: {_first_line(error)}", 0)
+    results = [run_sample(name, sample) for sample in samples]
+    results = [r for r in results if r.result != SKIPPED]
+    if not results:
+        return Result(name, SKIPPED, (), "no float64 input with a gradient", 0)
+    order = (REWRITTEN, BEYOND, REFUSED, AS_WRITTEN, WRONG, CRASH)
+    worst = max(results, key=lambda r: order.index(r.result))
+    common = set.intersection(*(set(r.strategies) for r in results))
+    reasons = dict.fromkeys(r.reason for r in results if r.reason and r.result == worst.result)
+    return Result(name, worst.result, tuple(sorted(common)), "; ".join(reasons), len(results))
+
+
+# All entries
+
+
+def _serve(connection: Connection) -> None:
+    """Answer names of entries with results, in a process of its own."""
+    torch.set_num_threads(1)
+    known = entries()
+    connection.send(None)
+    while True:
+        name = connection.recv()
+        if name is None:
+            return
+        connection.send(run_entry(name, known[name]))
+
+
+class _Worker:
+    """A process that can be given up on."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.name: str | None = None
+        self.since = time.monotonic()
+        self.ready = False
+
+    def give(self, name: str) -> None:
+        self.name, self.since = name, time.monotonic()
+        self.connection.send(name)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def run_all(names: Sequence[str], jobs: int, done: Callable[[Result], None]) -> list[Result]:
+    """Run entries in worker processes; one that hangs or dies is a result like any other."""
+    waiting = list(names)
+    results: dict[str, Result] = {}
+    workers = [_Worker() for _ in range(min(jobs, len(waiting)))]
+
+    def finished(result: Result) -> None:
+        results[result.entry] = result
+        done(result)
+
+    while len(results) < len(names):
+        wait([worker.connection for worker in workers], timeout=1.0)
+        for index, worker in enumerate(workers):
+            lost = ""
+            try:
+                while worker.connection.poll():
+                    answer = worker.connection.recv()
+                    worker.ready = True
+                    if answer is not None:
+                        finished(answer)
+                        worker.name = None
+            except (EOFError, OSError):
+                worker.process.join()
+                lost = f"the process ended with {worker.process.exitcode}"
+            if worker.name is not None and time.monotonic() - worker.since > SECONDS:
+                lost = f"no result after {SECONDS:.0f} s"
+            if lost:
+                if worker.name is not None:
+                    finished(Result(worker.name, CRASH, (), lost, 0))
+                worker.end()
+                workers[index] = worker = _Worker()
+            if worker.ready and worker.name is None and waiting:
+                worker.give(waiting.pop(0))
+    for worker in workers:
+        worker.end()
+    return [results[name] for name in names]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the page: a summary and one row per entry, in a stable order."""
+    counts = Counter(result.result for result in results)
+    summary = ", ".join(f"{counts[kind]} {kind}" for kind in RESULTS)
+    lines = [
+        "# Conformance",
+        "",
+        "PyTorch's own operator and module databases, each entry as the loss `‖∇⟨w, y + y²/5⟩‖² + ‖y‖²`",
+        "of its results `y`, differentiated once more; value, gradients, buffers and generator against",
+        "eager in float64 (relative 1e-9), for each strategy that accepts it. Written by",
+        "`make conformance`.",
+        "",
+        f"torch {torch.__version__.split('+')[0]}, {len(results)} entries: {summary}.",
+        "",
+        "| result | meaning |",
+        "|---|---|",
+        f"| {REWRITTEN} | captured, numbers agree |",
+        f"| {BEYOND} | eager has no second derivative; ours agrees with differences of the loss |",
+        f"| {AS_WRITTEN} | not captured, with the reason; numbers are eager's |",
+        f"| {REFUSED} | neither eager nor we can differentiate it twice; the error is eager's |",
+        f"| {SKIPPED} | no float64 input with a gradient on this machine |",
+        "",
+        "| entry | result | strategies | reason |",
+        "|---|---|---|---|",
+    ]
+    for result in results:
+        reason = result.reason.replace("|", "\\|").replace("<", "\\<")
+        lines.append(
+            f"| {result.entry} | {result.result} | {', '.join(result.strategies)} | {reason} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def rows(text: str) -> dict[str, str]:
+    """Return entry → result from the page."""
+    body = text.split("| entry | result |", 1)[1].splitlines()[2:]
+    cells = [line.split(" | ") for line in body if line.startswith("| ")]
+    return {row[0].removeprefix("| "): row[1] for row in cells}
+
+
+def main() -> int:
+    """Run the entries and write the page; 1 if any is wrong or crashed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="entries, nothing is written")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    options = parser.parse_args()
+    names = list(entries())
+    if options.only:
+        unknown = [name for name in options.only if name not in names]
+        if unknown:
+            parser.error(f"no entry {', '.join(unknown)}")
+        names = options.only
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    counts: Counter[str] = Counter()
+    with Progress(*columns) as progress:
+        task = progress.add_task("conformance", total=len(names))
+
+        def done(result: Result) -> None:
+            counts[result.result] += 1
+            if options.only or result.result in (WRONG, CRASH):
+                progress.console.print(
+                    f"{result.entry}: {result.result} ({', '.join(result.strategies)}) "
+                    f"{result.reason}",
+                    markup=False,
+                    highlight=False,
+                )
+            progress.update(task, advance=1, description=f"{result.entry[:40]:40}")
+
+        results = run_all(names, options.jobs, done)
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    if not options.only:
+        TABLE.write_text(table(results))
+    return 1 if counts[WRONG] or counts[CRASH] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
