@@ -184,7 +184,11 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Te
     if not pairs:
         return tuple(torch.zeros_like(x) for x in at)
     outputs, seeds = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, at, seeds, allow_unused=True, materialize_grads=True)
+    # Some formulas hold for a first derivative only (`cumprod` at a zero) or read a factorisation that
+    # has no tangent (`det`, `solve`); with `create_graph` PyTorch takes one that can be differentiated.
+    return torch.autograd.grad(
+        outputs, at, seeds, create_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def _example(read: Any) -> Any:
