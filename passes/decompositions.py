@@ -136,6 +136,10 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Return the table for what autograd has recorded."""
     table: dict[Any, Any] = dict(core_aten_decompositions())
     table.update(get_decompositions(_NORMS))
+    # By its parts a draw would hand out other numbers.
+    drawn = [op for op in table if torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())]
+    for op in drawn:
+        del table[op]
     table.update(_PLAIN)
     for kept in (
         aten.max_pool2d_with_indices_backward.default,

@@ -179,4 +179,55 @@ def jvp_over_gradient(
     return _Linearized.apply(primal, tangent, n_results, (differentiable, pulled), *inputs)  # pyright: ignore[reportReturnType]
 
 
+class _UserFunction(torch.autograd.Function):
+    """A user's `autograd.Function`, its two halves as graphs."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, forward: Any, backward: Any, n_outputs: int, constant: tuple[int, ...], *inputs
+    ):
+        out = forward(*inputs)
+        outputs = _apart(out[:n_outputs], inputs)
+        # What is saved may be an input or an output; autograd tells by identity.
+        own = {id(raw): output for raw, output in zip(out, outputs, strict=False)}
+        own |= {id(x): x for x in inputs}
+        saved = [own.get(id(value), value) for value in out[n_outputs:]]
+        ctx.backward_graph, ctx.n_arguments = backward, 4
+        ctx.plain = [None if isinstance(value, Tensor) else value for value in saved]
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in saved))
+        ctx.mark_non_differentiable(*(outputs[i] for i in constant))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        pairs = zip(ctx.saved_tensors, ctx.plain, strict=True)
+        saved = [plain if tensor is None else tensor for tensor, plain in pairs]
+        return (*(None,) * ctx.n_arguments, *ctx.backward_graph(*cotangents, *saved))
+
+
+def user_function(
+    forward: GraphModule, backward: GraphModule, n_outputs: int, constant: tuple[int, ...], *inputs
+) -> tuple[Tensor, ...]:
+    """Return what a user's `torch.autograd.Function` returns, with the pullback its author wrote.
+
+    Nothing says that this is the derivative of ``forward`` (gradient reversal, straight-through
+    estimators), so no identity about derivatives holds for it: reverse mode only.
+
+    Args:
+        forward: ``inputs → (*outputs, *saved values)``.
+        backward: ``(*cotangents, *saved values) → one gradient or None per input``, itself
+            differentiable in cotangents and in those saved values that are inputs or outputs.
+        n_outputs: How many results ``forward`` has before the saved values.
+        constant: Positions of the outputs that its author marked as not differentiable.
+        *inputs: What it takes.
+    """
+    return _UserFunction.apply(forward, backward, n_outputs, constant, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def holds_user_function(module: GraphModule) -> bool:
+    """Whether a graph, or a graph inside it, calls `user_function`."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    return any(node.target is user_function for graph in graphs for node in graph.nodes)
+
+
 OPERATORS = (gradient, tangent, jvp_over_gradient, stop)

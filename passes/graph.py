@@ -125,9 +125,9 @@ def needs(targets: Iterable[Node]) -> set[Node]:
 
 
 def is_random(node: Node) -> bool:
-    """Whether running the node draws from a random generator."""
+    """Whether running the node, or a graph that it calls, draws from a random generator."""
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+    return torch.Tag.nondeterministic_seeded in tags or node.meta.get("draws", False)
 
 
 def is_impure(node: Node) -> bool:

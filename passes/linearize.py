@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import drop_dead, finish, placeholders, reaches, results
 from passes.simplify import simplify
-from passes.tangent_rules import tangent_of
+from passes.tangent_rules import NoRule, tangent_of
 from passes.tracing import example_inputs, fake_mode_of, trace
 
 
@@ -59,6 +59,8 @@ def push_forward(
             if not moving:
                 tangent[node] = None
                 continue
+            if any(_is_moving(tangent[read]) for read in _nodes_in(node.kwargs)):
+                raise NoRule(node.target, "a tangent of a keyword argument")
             along = pytree.tree_map(
                 lambda item: tangent[item] if isinstance(item, Node) else None, node.args
             )
@@ -70,6 +72,10 @@ def push_forward(
         [primal[n] if isinstance(n, Node) else n for n in flat],
         [tangent[n] if isinstance(n, Node) else None for n in flat],
     )
+
+
+def _nodes_in(arguments: Any) -> list[Node]:
+    return [item for item in pytree.tree_leaves(arguments) if isinstance(item, Node)]
 
 
 def _is_moving(tangent: Any) -> bool:

@@ -12,6 +12,7 @@ but *marked*: a ``gradient`` mark stands for the derivative of tensors that earl
 | ``stop(x)`` | ``detach``, results under ``no_grad`` | no gradient to ``x`` |
 | ``gradient(outputs, inputs, seeds)`` | ``autograd.grad`` | the inner gradient itself |
 | ``tangent(outputs, inputs, vs)`` | `torch.func.jvp` | the same in forward mode |
+| ``function(inputs, …)`` | a user's `autograd.Function` | the pullback that the user wrote |
 
 All of them have batching rules, so that `torch.vmap` around a derivative dissolves into plain
 tensors while the loss is captured.
@@ -88,6 +89,21 @@ def tangent_mark(
     raise AssertionError("a tangent mark reached execution; `passes.nest` replaces all of them")
 
 
+@torch.library.custom_op(f"{NAMESPACE}::function", mutates_args=())
+def function_mark(
+    inputs: list[Tensor], sizes: list[int], like: list[Tensor], key: int
+) -> list[Tensor]:
+    """Stand for a user's `torch.autograd.Function`.
+
+    Args:
+        inputs: The tensors it takes.
+        sizes: The symbolic sizes it takes, in the order of its arguments.
+        like: Tensors such as it returns.
+        key: Which function it is, among those of the graph.
+    """
+    raise AssertionError("a function mark reached execution; `rewriter.flatten` replaces them")
+
+
 @stop_mark.register_fake
 @leaf_mark.register_fake
 def _like(x: Tensor) -> Tensor:
@@ -113,6 +129,18 @@ def _tangent_fake(
 ) -> list[Tensor]:
     batch = directions[0].shape[:direction_dims]
     return [u.new_empty((*batch, *u.shape)) for u in outputs]
+
+
+@function_mark.register_fake
+def _function_fake(
+    inputs: list[Tensor], sizes: list[int], like: list[Tensor], key: int
+) -> list[Tensor]:
+    return [torch.empty_like(u) for u in like]
+
+
+@function_mark.register_vmap
+def _function_vmap(info: Any, in_dims: tuple, *arguments: Any) -> Any:
+    raise NotImplementedError("a user-defined autograd.Function inside vmap is not understood yet")
 
 
 @stop_mark.register_vmap
@@ -213,6 +241,10 @@ LEAF = torch.ops.optimize_nested.leaf.default
 POINT = torch.ops.optimize_nested.point.default
 GRADIENT = torch.ops.optimize_nested.gradient.default
 TANGENT = torch.ops.optimize_nested.tangent.default
+FUNCTION = torch.ops.optimize_nested.function.default
+
+# The marks that stand for something else and cannot run.
+MARKS = (LEAF, POINT, GRADIENT, TANGENT)
 
 
 def stop(x: Tensor) -> Tensor:

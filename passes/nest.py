@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import networkx
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -105,7 +106,7 @@ def nest(module: GraphModule) -> int:
         How many derivative nodes were made.
 
     Raises:
-        NotNested: A body draws random numbers that depend on the point.
+        NotNested: A derivative cannot be given a body; the graph is left half nested.
     """
     graph = module.graph
     _split_dependent_points(graph)
@@ -160,9 +161,9 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     outputs, points, along, batch_dims = arguments(mark)
     backward = mark.target is GRADIENT
     inside = _body_nodes(points, outputs)
-    for node in inside:
-        if is_random(node):
-            raise NotNested(f"a random draw ({node.target}) depends on the point of a derivative")
+    draws = [node for node in graph.nodes if is_random(node)]
+    _take_in_draws(draws, inside)
+    within = [index for index, node in enumerate(draws) if node in inside]
     for other in [n for n in graph.nodes if n.target in (GRADIENT, TANGENT) and n is not mark]:
         if mark in needs(arguments(other)[0]) and inside.intersection(arguments(other)[1]):
             raise NotNested("a derivative at a hidden value of another derivative that it contains")
@@ -178,9 +179,16 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
         along = [along[i] for i in live]
     outputs = [outputs[i] for i in live]
     copied = bool(needs(along) & inside) or _has_other_master(graph, mark, inside)
+    if within and (copied or within[-1] - within[0] >= len(within)):
+        raise NotNested(
+            f"a random draw ({draws[within[0]].target}) depends on the point of a derivative, and "
+            "the derivative cannot be computed in one piece"
+        )
     escaping = [] if copied else _escaping(graph, inside, outputs, mark)
     body, captured = _body(module, points, outputs, escaping, inside)
     order = 1 + max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
+    if not backward and derivative.holds_user_function(body):
+        raise NotNested("forward mode through a user-defined autograd.Function")
     if not backward and order > 1:
         body = _without_derivatives(body)
     body_name = f"body_{name}"
@@ -203,6 +211,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
             **mark.meta,
             "val": (*derivatives, *(value_of(n) for n in [*outputs, *escaping])),
             "site": Site(name, _operator(backward, batch_dims), order, where(mark)),
+            "draws": bool(within),
         }
         for position, index in enumerate(answers):
             _replace_item(mark, index, _item(graph, node, position))
@@ -216,7 +225,33 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     if not copied:
         for old in reversed([n for n in graph.nodes if n in inside]):
             graph.erase_node(old)
-    sort_nodes(graph)
+    if within:
+        draws[within[0] : within[-1] + 1] = [node]
+    try:
+        sort_nodes(graph, draws)
+    except networkx.NetworkXUnfeasible as error:
+        raise NotNested(
+            "a random draw depends on the point of a derivative and comes before another draw that "
+            "the derivative reads"
+        ) from error
+
+
+def _take_in_draws(draws: list[Node], inside: set[Node]) -> None:
+    """Add to a body that draws, the draws that must come between its own or between them and it,
+    with what leads from them into the body."""
+    while True:
+        within = [index for index, node in enumerate(draws) if node in inside]
+        if not within:
+            return
+        read = needs(inside)
+        later = {
+            node
+            for index, node in enumerate(draws)
+            if node not in inside and within[0] < index and (index < within[-1] or node in read)
+        }
+        if not later:
+            return
+        inside.update(later, reaches(later) & read)
 
 
 def _operator(backward: bool, batch_dims: int) -> str:
@@ -236,9 +271,9 @@ def _without_derivatives(body: GraphModule) -> GraphModule:
 
 def _item(graph: Graph, node: Node, index: int) -> Node:
     item = graph.call_function(operator.getitem, (node, index))
-    item.meta = {key: value for key, value in node.meta.items() if key not in ("val", "site")} | {
-        "val": value_of(node)[index]
-    }
+    item.meta = {
+        key: value for key, value in node.meta.items() if key not in ("val", "site", "draws")
+    } | {"val": value_of(node)[index]}
     return item
 
 

@@ -315,6 +315,8 @@ def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -
         return _pytorch_rule(target, out, args, kwargs, along)
     if target in RULES:
         return RULES[target](target, out, args, kwargs, along)
+    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+        raise NoRule(target, "a random draw is not repeated for a tangent")
     if target in FROM_BACKWARD:
         return FROM_BACKWARD[target](along[0], out, *args, **kwargs)
     if target in ELEMENTWISE:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,17 +35,9 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorM
         inputs: Fake tensors and symbolic sizes, the graph's inputs; they are not changed.
         mode: The mode of the fake tensors.
     """
-    module = _record(function, inputs, mode, decompositions())
-    if any(_writes(node.target) for node in module.graph.nodes):
-        detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-        plain = module.forward
-
-        def again(*values: Any) -> Any:
-            with torch.no_grad():
-                return plain(*values)
-
-        return _record(_without_writes(again), detached, mode, decompositions())
-    return module
+    return _functional(
+        _record(function, inputs, mode, decompositions()), inputs, mode, decompositions
+    )
 
 
 def trace_before_autograd(
@@ -55,7 +47,23 @@ def trace_before_autograd(
 
     The function may write in place; writes to inputs become ``copy_`` at the graph's end.
     """
-    return _record(_without_writes(function), inputs, mode, before_autograd())
+    module = _record(_without_writes(function), inputs, mode, before_autograd())
+    return _functional(module, inputs, mode, before_autograd)
+
+
+def _functional(
+    module: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, table: Callable[[], Any]
+) -> GraphModule:
+    """Record a graph once more if decompositions wrote in place after functionalization."""
+    if not any(_writes(node) for node in module.graph.nodes):
+        return module
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+
+    def again(*values: Any) -> Any:
+        with torch.no_grad():
+            return Interpreter(module).run(*values)
+
+    return _record(_without_writes(again), detached, mode, table())
 
 
 def _without_writes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,9 +82,12 @@ def _record(
     return module
 
 
-def _writes(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _writes(node: Node) -> bool:
+    """Whether the node writes to a value that the graph computes."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    return any(isinstance(read, Node) and read.op != "placeholder" for read in node.args[:1])
 
 
 def example_inputs(module: GraphModule) -> list[Any]:

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from passes import derivative
 from passes.graph import arguments, placeholders, results, value_of
-from passes.markers import GRADIENT, LEAF, POINT, TANGENT
+from passes.markers import MARKS
 from passes.nest import body_of
 
 
@@ -35,7 +35,7 @@ def verify(module: GraphModule) -> None:
         if node.target is derivative.gradient:
             _verify_gradient(module, node)
     nested = any(node.target in derivative.OPERATORS for node in module.graph.nodes)
-    marked = any(node.target in (GRADIENT, TANGENT, POINT, LEAF) for node in module.graph.nodes)
+    marked = any(node.target in MARKS for node in module.graph.nodes)
     if nested and marked:
         raise Invalid("marks and derivative nodes in one graph")
 

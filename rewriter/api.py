@@ -15,12 +15,16 @@ from torch.utils import _pytree as pytree
 
 from rewriter.capture import (
     DYNAMO_ERRORS,
+    Trace,
     as_capture_error,
     capturing,
     compile_function,
+    forget,
+    is_dynamos_own,
     is_transformed,
+    refuse_no_grad_in_transforms,
 )
-from rewriter.errors import CaptureError, NeedsNumber, NestedGradientWarning
+from rewriter.errors import CaptureError, NeedsNumber, NeedsPullbacks, NestedGradientWarning
 from rewriter.naming import named_tensors
 from rewriter.options import Options, is_disabled, make_options
 from rewriter.report import Report, make_report
@@ -44,7 +48,7 @@ class OptimizedLoss:
         self.as_written = function
         self.options = options
         self.steps: list[Step] = []
-        self._specialize_floats = False
+        self._specialize_floats = self._by_pullbacks = False
         self._refused: dict[Any, CaptureError] = {}
         self._compiled = compile_function(function, self._build, options.dynamic)
 
@@ -72,20 +76,28 @@ class OptimizedLoss:
                 return self._compiled(*args, **kwargs)
             except DYNAMO_ERRORS:
                 pass
-        try:
-            return self._capture(args, kwargs)
-        except NeedsNumber:
-            self._specialize_floats = True
-            return self._capture(args, kwargs)
+        while True:
+            try:
+                return self._capture(args, kwargs)
+            except NeedsNumber:
+                if self._specialize_floats:
+                    raise
+                self._specialize_floats = True
+            except NeedsPullbacks:
+                self._by_pullbacks = True
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
+        trace = Trace(self._by_pullbacks)
         try:
-            with capturing(specialize_floats=self._specialize_floats):
+            with capturing(trace, specialize_floats=self._specialize_floats):
                 return self._compiled(*args, **kwargs)
         except Exception as error:
-            refusal = as_capture_error(error)
+            refusal = as_capture_error(error, trace)
             if refusal is None:
                 raise
+            forget(error)
+            if trace.has_forward_mode and is_dynamos_own(error, trace):
+                raise NeedsPullbacks(refusal.reason, refusal.where) from error
             raise refusal from error
 
     def _is_on(self) -> bool:
@@ -93,6 +105,8 @@ class OptimizedLoss:
 
     def _build(self, captured: torch.fx.GraphModule, inputs: Any) -> Step:
         """Be Dynamo's backend: rewrite and compile what it captured."""
+        if self._by_pullbacks:
+            refuse_no_grad_in_transforms(captured)
         step = Step(rewrite(captured, self.options), self.options)
         if not explaining.get():
             step.prepare()

@@ -13,12 +13,14 @@ traces a decorated loss:
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import re
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,24 +29,64 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.variables import builtin as dynamo_builtins
+from torch._dynamo.variables import higher_order_ops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
+from torch._dynamo.variables.misc import AutogradFunctionVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+from torch._functorch import eager_transforms
 from torch.fx import GraphModule, Node
 
 from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptionError
-from rewriter.stateful import WRITTEN_OUT, is_inside_transform, is_wrapped, write_outside
-from rewriter.substitutes import SUBSTITUTES
+from rewriter.stateful import (
+    WRITTEN_OUT,
+    is_inside_forward_mode,
+    is_inside_transform,
+    is_wrapped,
+    write_outside,
+)
+from rewriter.substitutes import (
+    SUBSTITUTES,
+    accumulate_gradients,
+    jvp_by_pullbacks,
+    linearize,
+)
 
+functorch_c: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _lock = threading.RLock()
 torch._dynamo.allow_in_graph(write_outside)
 
 DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException,)
+
+
+@dataclass
+class Trace:
+    """What is known of one capture.
+
+    Attributes:
+        by_pullbacks: Whether forward mode is written as pullbacks.
+        has_forward_mode: Whether Dynamo has met forward mode.
+        refused: Why the trace was ended, if we ended it.
+    """
+
+    by_pullbacks: bool
+    has_forward_mode: bool = False
+    refused: str = ""
+
+    def refuse(self, reason: str) -> None:
+        """End the trace; Dynamo keeps of an exception no more than its words.
+
+        Raises:
+            CaptureError: With ``reason``.
+        """
+        self.refused = reason
+        raise CaptureError(reason)
 
 
 def set_requires_grad(x: Tensor, requires_grad: bool) -> Tensor:
@@ -83,7 +125,88 @@ def _requires_grad_(self: TensorVariable, tx: Any, requires_grad: Any = True) ->
         tx.output.create_proxy("call_function", set_requires_grad, (self.as_proxy(), flag), {})
         example.requires_grad_(flag)
         self.requires_grad = flag
+        if flag and not self.source:
+            _leaves_of(tx).append(self)
+            effects = tx.output.side_effects
+            if effects.is_attribute_mutation(self):
+                effects.store_attr(self, "grad", ConstantVariable.create(None))
     return self
+
+
+def _leaves_of(tx: Any) -> list[TensorVariable]:
+    """Return the leaves that the loss has made so far, by Dynamo's record of this trace."""
+    output = tx.output
+    if not hasattr(output, "optimize_nested_leaves"):
+        output.optimize_nested_leaves = []
+    return output.optimize_nested_leaves
+
+
+def _method_backward(trace: Trace) -> Callable[..., Any]:
+    def backward(self: TensorVariable, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        return _trace_backward(trace, tx, self, *args, **kwargs)
+
+    return backward
+
+
+def _trace_backward(
+    trace: Trace,
+    tx: Any,
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: Any = None,
+    create_graph: Any = None,
+    inputs: Any = None,
+    gradient: Any = None,
+) -> Any:
+    """Trace `torch.autograd.backward` as `torch.autograd.grad` and an addition to each leaf's
+    ``.grad``."""
+    if inputs is None or inputs.is_python_constant():
+        inputs = TupleVariable(_all_leaves(trace, tx))
+    arguments = [
+        tensors,
+        TupleVariable([inputs]) if isinstance(inputs, TensorVariable) else inputs,
+        gradient or grad_tensors or ConstantVariable.create(None),
+        create_graph or ConstantVariable.create(False),
+    ]
+    substitute = VariableTracker.build(tx, accumulate_gradients)
+    return tx.inline_user_function_return(substitute, arguments, {})
+
+
+def _call_substitute(
+    original: Callable[..., Any], attribute: str, trace: Trace
+) -> Callable[..., Any]:
+    """Trace our Python in place of the functions that Dynamo would skip or enter to no avail."""
+    bodies: dict[Any, Any] = {torch.func.linearize: linearize}
+    if trace.by_pullbacks:
+        bodies[eager_transforms._jvp_with_argnums] = jvp_by_pullbacks
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        function = getattr(self, attribute)
+        if function is torch.autograd.backward:
+            return _trace_backward(trace, tx, *args, **kwargs)
+        if function in bodies:
+            substitute = VariableTracker.build(tx, bodies[function])
+            return tx.inline_user_function_return(substitute, list(args), kwargs)
+        if function is eager_transforms._jvp_with_argnums:
+            trace.has_forward_mode = True
+        return original(self, tx, args, kwargs)
+
+    return call
+
+
+def _all_leaves(trace: Trace, tx: Any) -> list[Any]:
+    """Return every tensor that ``backward()`` could reach.
+
+    Raises:
+        CaptureError: One of them was computed outside of the loss; its graph is not known here.
+    """
+    found: dict[Node, Any] = {}
+    for variable in [*tx.output.input_source_to_var.values(), *_leaves_of(tx)]:
+        if isinstance(variable, TensorVariable) and variable.requires_grad:
+            if variable.source and variable.has_grad_fn:
+                trace.refuse("backward() in a loss one of whose inputs has a history of its own")
+            found.setdefault(variable.as_proxy().node, variable)
+    return list(found.values())
 
 
 def _setattr_on_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,6 +237,36 @@ def _run_node(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(tracer, node, args, kwargs, nnmodule)
 
     return run
+
+
+def _speculate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace the backward of a user's `autograd.Function` as what it is under ``create_graph``:
+    differentiable. Dynamo would put it under `no_grad`."""
+
+    def speculate(tx: Any, f: Any, args: Any, kwargs: Any, name: str, **options: Any) -> Any:
+        if name == "autograd.Function":
+            options["enable_grad"] = None
+        return original(tx, f, args, kwargs, name, **options)
+
+    return speculate
+
+
+def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
+    """Trace a user's `autograd.Function` that has a forward-mode rule by its backward.
+
+    Raises:
+        CaptureError: Inside of forward mode, where the rule itself would be needed.
+    """
+
+    def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.fn_cls.jvp is torch.autograd.Function.jvp:
+            return original(self, tx, args, kwargs)
+        if is_inside_forward_mode() or trace.by_pullbacks:
+            trace.refuse("the forward-mode rule of a user-defined autograd.Function")
+        stand_in = type(self.fn_cls.__name__, (self.fn_cls,), {"jvp": torch.autograd.Function.jvp})
+        return original(type(self)(stand_in, source=self.source), tx, args, kwargs)
+
+    return call_apply
 
 
 def _setattr_of_dynamo() -> tuple[Any, str]:
@@ -152,6 +305,22 @@ def keep_numbers(captured: GraphModule) -> None:
             raise CaptureError("an integer is read from a tensor", where(node))
         node.op, node.target = "call_function", number_of
     captured.recompile()
+
+
+def refuse_no_grad_in_transforms(captured: GraphModule) -> None:
+    """Check a capture with pullbacks in place of forward mode: `no_grad` stops only pullbacks.
+
+    Raises:
+        CaptureError: A transform's body switches gradients off.
+    """
+    depth = 0
+    for node in captured.graph.nodes:
+        if node.target is functorch_c._grad_increment_nesting:
+            depth += 1
+        elif node.target is functorch_c._grad_decrement_nesting:
+            depth -= 1
+        elif node.target is torch._C._set_grad_enabled and depth and not node.args[0]:
+            raise CaptureError("no_grad inside of forward mode", where(node))
 
 
 @contextlib.contextmanager
@@ -199,17 +368,18 @@ def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
+def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None]:
     """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block.
 
     Args:
+        trace: What is wished for, and gets to be known.
         specialize_floats: Build anew for each value of a float argument, where only a Python number
             will do.
     """
     handlers = TorchInGraphFunctionVariable._get_handlers()
-    settings: dict[str, Any] = (
-        {"trace_autograd_ops": True} if hasattr(dynamo_config, "trace_autograd_ops") else {}
-    )
+    settings: dict[str, Any] = {
+        name: True for name in ("trace_autograd_ops", "allow_rnn") if hasattr(dynamo_config, name)
+    }
     with _lock, contextlib.ExitStack() as stack:
         settings["specialize_float"] = specialize_floats
         settings |= {"recompile_limit": 64, "reorderable_logging_functions": {print, warnings.warn}}
@@ -217,6 +387,16 @@ def capturing(*, specialize_floats: bool = False) -> Iterator[None]:
         stack.enter_context(_quiet())
         stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
         stack.enter_context(_replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
+        name = "speculate_subgraph_with_auto_output_flattening"
+        if hasattr(higher_order_ops, name):
+            traced = _speculate(getattr(higher_order_ops, name))
+            stack.enter_context(_replaced(higher_order_ops, name, traced))
+        apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
+        stack.enter_context(_replaced(AutogradFunctionVariable, "call_apply", apply))
+        stack.enter_context(_replaced(TensorVariable, "method_backward", _method_backward(trace)))
+        for kind, attribute in ((SkipFunctionVariable, "value"), (UserFunctionVariable, "fn")):
+            call = _call_substitute(kind.call_function, attribute, trace)
+            stack.enter_context(_replaced(kind, "call_function", call))
         owner, name = _setattr_of_dynamo()
         stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))
@@ -231,7 +411,24 @@ def compile_function(
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
-def as_capture_error(error: BaseException) -> CaptureError | None:
+def forget(error: BaseException) -> None:
+    """Drop what a failed capture left behind, now and not when garbage is next collected.
+
+    Frames of a trace that was broken off hold guards of the dispatcher's state. Whenever they are
+    destroyed they put back the state they were made in, in which autograd may be switched off;
+    everything computed after that would have wrong gradients.
+    """
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    found: BaseException | None = error
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        while found is not None:
+            traceback.clear_frames(found.__traceback__)
+            found = found.__cause__ or found.__context__
+        gc.collect()
+
+
+def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
     """Return what stood in the way of a capture, in words; None if the error is not about capture.
 
     Raises:
@@ -247,12 +444,20 @@ def as_capture_error(error: BaseException) -> CaptureError | None:
         return CaptureError(f"internal error in optimize_nested: {inner!r}", _innermost(inner))
     if isinstance(error, DYNAMO_ERRORS):
         text = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if trace.refused:
+            return CaptureError(trace.refused, _user_line(error, text))
         reason = text[0] if text else type(error).__name__
         got = re.search(r"got \w+\([\"'](.*?)[\"']\)", " ".join(text))
         if got is not None:  # what an operator said on fake tensors
             reason += f": {got[1]}"
         return CaptureError(reason, _user_line(error, text))
     return None
+
+
+def is_dynamos_own(error: BaseException, trace: Trace) -> bool:
+    """Whether Dynamo failed by itself, not in what we do for it."""
+    ours = isinstance(error, dynamo_errors.BackendCompilerFailed) or trace.refused
+    return isinstance(error, DYNAMO_ERRORS) and not ours
 
 
 def _innermost(error: BaseException | None) -> str:

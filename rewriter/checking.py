@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Interpreter
 
+from passes.graph import copy_graph
+from passes.markers import MARKS
+from passes.nest import nest
 from rewriter.as_written import gradients_of, run_as_written
+from rewriter.dump import dump
 from rewriter.errors import CheckFailed
 from rewriter.rewrite import Rewritten
 
@@ -31,7 +36,8 @@ def check_step(
     differs, and by a few units in the last place.
 
     Raises:
-        CheckFailed: Names the tensor that differs most and both numbers.
+        CheckFailed: Names the tensor that differs most, both numbers, the first stage whose graph
+            gives such a difference, and a folder with all stages.
     """
     generator = torch.get_rng_state()
 
@@ -43,15 +49,29 @@ def check_step(
         ours = again(lambda: _rewritten_run(rewritten, run, inputs))
         plain = again(lambda: _plain_run(rewritten, inputs))
         wide = again(lambda: _plain_run(rewritten, [_widened(x) for x in inputs]))
+        worst = _worst(rewritten, ours, plain, wide)
+        if worst is None:
+            return
+        stage = "compiled code"
+        for number in range(len(rewritten.stages)):
+            found = again(lambda: _stage_run(rewritten, number, inputs, ours))  # noqa: B023
+            if _worst(rewritten, found, plain, wide) is not None:
+                stage = rewritten.stages[number].name
+                break
     finally:
         torch.set_rng_state(generator)
+    raise CheckFailed(
+        f"check=True: {worst.name} differs from the loss as written: {worst.ours!r} here, "
+        f"{worst.reference!r} as written in float64 (error {worst.error:.3g}, allowed "
+        f"{worst.allowed:.3g}). The first stage that departs is {stage!r}; all stages are in "
+        f"{dump(rewritten, inputs)}. Please report this; enabled=False avoids it."
+    )
+
+
+def _worst(rewritten: Rewritten, ours: _Run, plain: _Run, wide: _Run) -> _Difference | None:
+    """Return the largest difference that is not allowed."""
     worst = max(_differences(rewritten, ours, plain, wide), key=lambda d: d.excess, default=None)
-    if worst is not None and worst.excess > 1:
-        raise CheckFailed(
-            f"check=True: {worst.name} differs from the loss as written: {worst.ours!r} here, "
-            f"{worst.reference!r} as written in float64 (error {worst.error:.3g}, allowed "
-            f"{worst.allowed:.3g}). Please report this; enabled=False avoids it."
-        )
+    return worst if worst is not None and worst.excess > 1 else None
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,28 @@ def _rewritten_run(
     values = list(run(*own))
     grads = gradients_of(values, [own[i] for i in rewritten.roles.wanted])
     return _Run(values, grads, [own[i] for i in rewritten.roles.updated])
+
+
+def _stage_run(rewritten: Rewritten, number: int, inputs: Sequence[Any], like: _Run) -> _Run:
+    """Run the graph after a stage: under autograd, or as it is if gradients are among its
+    results."""
+    stage, roles = rewritten.stages[number], rewritten.roles
+    own = _copies(rewritten, inputs)
+    if stage.name == "joint":
+        cotangents = []
+        if rewritten.seeded:
+            cotangents = [torch.ones_like(like.values[i]) for i in roles.differentiable]
+        out = list(Interpreter(stage.module).run(*own, *cotangents))
+        early = roles.n_outputs + len(roles.updated)
+        return _Run(out[: roles.n_outputs], out[early:], out[roles.n_outputs : early])
+    module = copy_graph(stage.module)
+    if any(node.target in MARKS for node in module.graph.nodes):
+        nest(module)
+    out = list(Interpreter(module).run(*own))
+    values = out[: roles.n_outputs]
+    ends = [values[i] for i in roles.differentiable]
+    grads = gradients_of(ends, [own[i] for i in roles.wanted])
+    return _Run(values, grads, out[roles.n_outputs :])
 
 
 def _plain_run(rewritten: Rewritten, inputs: Sequence[Any]) -> _Run:

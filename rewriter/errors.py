@@ -25,6 +25,10 @@ class NeedsNumber(CaptureError):
     each value."""
 
 
+class NeedsPullbacks(CaptureError):
+    """Dynamo cannot trace this forward mode; capture anew with pullbacks in its place."""
+
+
 class OptionError(OptimizeNestedError, ValueError):
     """An option asks for something that this loss does not have."""
 
@@ -38,4 +42,4 @@ class CheckFailed(OptimizeNestedError):
 
 
 class NestedGradientWarning(UserWarning):
-    """A decorated loss runs as written."""
+    """A decorated loss runs as written, or an inner derivative is a constant to the outer one."""

@@ -3,6 +3,7 @@ marks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.graph import placeholders, results, where
-from passes.linearize import flatten_output
-from passes.markers import (
-    STOP,
-    NeedsBatchedPoint,
+from passes import derivative
+from passes.graph import (
+    arguments,
+    drop_dead,
+    finish,
+    is_impure,
+    placeholders,
+    results,
+    where,
 )
+from passes.linearize import flatten_output
+from passes.markers import FUNCTION, STOP, NeedsBatchedPoint
+from passes.nest import nest
 from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of
 from rewriter.errors import CaptureError, NeedsNumber
-from rewriter.marking import Marking
+from rewriter.marking import Marking, UserFunction
 
 aten = torch.ops.aten
 
@@ -50,6 +58,13 @@ def flatten(captured: GraphModule) -> Flat:
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
     """
+    module, promoted = _recorded(captured)
+    n_outputs = len(results(module.graph))
+    return Flat(module, n_outputs, _take_out_updates(module), promoted)
+
+
+def _recorded(captured: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
+    """Return the flat graph, writes to inputs still in it, and the promoted inputs."""
     try:
         module, marking = _run(captured, expand_points=False)
     except NeedsBatchedPoint:
@@ -68,8 +83,37 @@ def flatten(captured: GraphModule) -> Flat:
     flatten_output(module.graph)
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.target = STOP
-    n_outputs = len(results(module.graph))
-    return Flat(module, n_outputs, _take_out_updates(module), marking.promoted)
+    _give_bodies(module, marking.functions)
+    return module, marking.promoted
+
+
+def _give_bodies(module: GraphModule, functions: Sequence[UserFunction]) -> None:
+    """Replace each function mark by `passes.derivative.user_function` with its two halves."""
+    for node in list(module.graph.find_nodes(op="call_function", target=FUNCTION)):
+        tensors, sizes, like, key = arguments(node)
+        function = functions[key]
+        for name, half in (("forward", function.forward), ("backward", function.backward)):
+            module.register_module(f"{name}_{node.name}", _body(half, where(node)))
+        given = {True: iter(sizes), False: iter(tensors)}
+        inputs = [next(given[is_symbol]) for is_symbol in function.is_symbol]
+        with module.graph.inserting_before(node):
+            halves = [module.graph.get_attr(f"{n}_{node.name}") for n in ("forward", "backward")]
+        node.target = derivative.user_function
+        node.args = (*halves, len(like), function.constant, *inputs)
+    drop_dead(module.graph)
+    finish(module)
+
+
+def _body(half: GraphModule, here: str) -> GraphModule:
+    """Flatten and nest one half of a user's `autograd.Function`."""
+    module, promoted = _recorded(half)
+    computed = [node for node in module.graph.nodes if node.op == "call_function"]
+    if promoted or any(is_impure(node) for node in computed):
+        raise CaptureError(
+            "a user-defined autograd.Function that draws random numbers or changes its inputs", here
+        )
+    nest(module)
+    return module
 
 
 def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, Marking]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.decompositions import scaled_mask
-from passes.graph import placeholders, where
+from passes.graph import placeholders, reaches, where
 from passes.markers import (
     NeedsBatchedPoint,
+    function_mark,
     gradient_mark,
     leaf_mark,
     point_mark,
@@ -31,17 +33,36 @@ _AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssu
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class UserFunction:
+    """A `torch.autograd.Function` in a captured graph.
+
+    Attributes:
+        forward: ``inputs → ((*outputs), (*saved values))``.
+        backward: ``(*cotangents, *saved values) → (*gradients)``.
+        constant: Positions of the outputs marked as not differentiable.
+        is_symbol: For each input, whether it is a symbolic size.
+    """
+
+    forward: GraphModule
+    backward: GraphModule
+    constant: tuple[int, ...]
+    is_symbol: tuple[bool, ...]
+
+
 class Marking(Interpreter):
     """Interpret a captured graph; derivatives are marked, all else is run."""
 
     def __init__(self, captured: GraphModule, *, expand_points: bool) -> None:
         super().__init__(captured)
         self.expand_points = expand_points
+        self.functions: list[UserFunction] = []
         self.depth = 0
         self.grad_enabled = True
         self.vmaps: list[tuple[int, int]] = []
         self.level_at: dict[int, int] = {}
         self.duals: list[list[tuple[Tensor, Tensor]]] = []
+        self.own_dual_level = False
         inputs = placeholders(captured.graph)
         changed = {
             node.args[0]
@@ -66,10 +87,12 @@ class Marking(Interpreter):
             torch.nn.functional.batch_norm: self._batch_norm,
             write_outside: self._write_outside,
             torch.nn.functional.dropout: self._dropout,
+            torch.nn.functional.rrelu: self._rrelu,
+            torch.rrelu: self._rrelu,
             predispatch._jvp_increment_nesting: self._enter_jvp,
             predispatch._jvp_decrement_nesting: self._leave_jvp,
-            predispatch._enter_dual_level: lambda: None,
-            predispatch._exit_dual_level: lambda level: None,
+            predispatch._enter_dual_level: self._enter_dual_level,
+            predispatch._exit_dual_level: self._leave_dual_level,
             predispatch._make_dual: self._make_dual,
             predispatch._unpack_dual: self._unpack_dual,
             torch.autograd.forward_ad._maybe_load_decompositions: lambda: None,
@@ -127,8 +150,37 @@ class Marking(Interpreter):
     def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target.name() in ("tag_activation_checkpoint", "wrap_activation_checkpoint"):
             body, *inputs = args
-            return body(*inputs)
+            return self._inlined(body, inputs)
+        if target.name() == "autograd_function_apply":
+            return self._user_function(*args, **kwargs)
         raise CaptureError(f"{target.name()} is not understood yet", where(self.node_running))
+
+    def _inlined(self, body: GraphModule, inputs: list[Any]) -> Any:
+        """Interpret a graph that the captured graph calls, with all that is open around it."""
+        inner = Marking(body, expand_points=self.expand_points)
+        for shared in ("depth", "grad_enabled", "vmaps", "level_at", "duals", "functions"):
+            setattr(inner, shared, getattr(self, shared))
+        return inner.run(*inputs, enable_io_processing=False)
+
+    def _user_function(
+        self, forward: GraphModule, backward: GraphModule, *inputs: Any, **options: Any
+    ) -> Any:
+        here = where(self.node_running)
+        if options.get("dirty_idx"):
+            raise CaptureError("a user-defined autograd.Function that writes to its inputs", here)
+        if self.duals:
+            raise CaptureError("forward mode through a user-defined autograd.Function", here)
+        outputs, _ = forward(*inputs)
+        like = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        if not all(isinstance(u, Tensor) for u in like):
+            raise CaptureError("a user-defined autograd.Function that returns no tensor", here)
+        is_symbol = tuple(not isinstance(x, Tensor) for x in inputs)
+        constant = tuple(options["non_differentiable_idx"])
+        self.functions.append(UserFunction(forward, backward, constant, is_symbol))
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        sizes = [x for x in inputs if not isinstance(x, Tensor)]
+        results = function_mark(tensors, sizes, list(like), len(self.functions) - 1)
+        return results if isinstance(outputs, (tuple, list)) else results[0]
 
     def _set_requires_grad(self, node: Node) -> Any:
         source = node.args[0]
@@ -181,6 +233,22 @@ class Marking(Interpreter):
         mask = scaled_mask(x, p, in_memory_order=self.depth == 0)
         return x.mul_(mask) if inplace else x * mask
 
+    def _rrelu(
+        self,
+        x: Tensor,
+        lower: float = 1 / 8,
+        upper: float = 1 / 3,
+        training: bool = False,
+        inplace: bool = False,
+    ) -> Tensor:
+        """``x`` times a slope that was drawn; PyTorch's functional form has a wrong derivative."""
+        if not training:
+            return torch.nn.functional.rrelu(x, lower, upper, training, inplace)
+        drawn = aten.rrelu_with_noise_functional(
+            stop_mark(x), torch.empty_like(x), lower, upper, training
+        )
+        return x.mul_(drawn[1]) if inplace else x * drawn[1]
+
     def _write_outside(self, name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         stopped = [stop_mark(a) if _is_float_tensor(a) else a for a in arguments]
         try:
@@ -204,6 +272,17 @@ class Marking(Interpreter):
     def _leave_jvp(self) -> None:
         self.depth -= 1
         self.duals.pop()
+
+    def _enter_dual_level(self) -> None:
+        """A level of its own if the user opened it; `torch.func.jvp` opens one for all of its
+        nested levels."""
+        self.own_dual_level = not self.duals
+        if self.own_dual_level:
+            self._enter_jvp()
+
+    def _leave_dual_level(self, level: int) -> None:
+        if self.own_dual_level:
+            self._leave_jvp()
 
     def _enter_vmap(self, batch_size: Any, randomness: str) -> None:
         self.depth += 1
@@ -243,7 +322,12 @@ class Marking(Interpreter):
         return point
 
     def _unpack_dual(self, y: Tensor, level: int = 0) -> tuple[Tensor, Any]:
-        if example_of(self.node_running)[1] is None:
+        node = self.node_running
+        if self.own_dual_level and _is_unpacked_again(node):
+            raise CaptureError(
+                "the primal of an unpacked dual tensor enters another one", where(node)
+            )
+        if example_of(node)[1] is None:
             return y, None
         points, directions = zip(*self.duals[-1], strict=True)
         (moved,) = tangent_mark([y], list(points), list(directions), 0)
@@ -292,6 +376,13 @@ class Marking(Interpreter):
         marked = gradient_mark(outputs, [inputs[i] for i in reached], seeds, seed_dims)
         found = dict(zip(reached, marked, strict=True))
         return tuple(found.get(i) for i in range(len(inputs)))
+
+
+def _is_unpacked_again(node: Node) -> bool:
+    """Whether the primal that this node unpacks, which moves no more, takes part in what a later
+    node unpacks."""
+    primals = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
+    return any(user.target is node.target for user in reaches(primals))
 
 
 def _as_list(tensors: Any) -> list[Any]:

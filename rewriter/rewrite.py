@@ -17,7 +17,8 @@ from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
 from rewriter.capture import keep_numbers, source_name
 from rewriter.choose import Choice, choose
-from rewriter.errors import CaptureError
+from rewriter.detached import detached_derivatives
+from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
 from rewriter.options import Options
 
@@ -59,6 +60,7 @@ class Rewritten:
         seeded: Whether the joint graph takes the outputs' cotangents as inputs.
         choice: The form taken, with every candidate's price and every refusal's reason.
         stages: The graph after each pass.
+        detached: Warnings about inner derivatives that the outer gradient does not see.
     """
 
     captured: GraphModule
@@ -70,6 +72,7 @@ class Rewritten:
     seeded: bool
     choice: Choice
     stages: tuple[Stage, ...]
+    detached: tuple[str, ...]
 
     @property
     def joint(self) -> GraphModule:
@@ -119,6 +122,9 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
     as_written = measure(captured, flat.promoted)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
+    detached = detached_derivatives(module, requiring, as_written.differentiable)
+    if detached and options.strict:
+        raise NotRewritten(f"strict=True: {detached[0]}")
     stage("share", lambda: (module, share(module, active_nodes(module, requiring))))
     try:
         stage("nest", lambda: (module, nest(module)))
@@ -148,6 +154,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
         seeded=seeded,
         choice=choice,
         stages=tuple(stages),
+        detached=tuple(detached),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -27,6 +28,13 @@ MIXES = (
 def is_inside_transform() -> bool:
     """Whether a `torch.func` transform is running around this call."""
     return _C.peek_interpreter_stack() is not None
+
+
+def is_inside_forward_mode() -> bool:
+    """Whether a forward-mode transform or a dual level is open around this call."""
+    levels = _C.get_interpreter_stack() or ()
+    inside = any(level.key() == _C.TransformType.Jvp for level in levels)
+    return inside or forward_ad._current_level >= 0
 
 
 def is_wrapped(x: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from passes.graph import is_random, needs, placeholders, results
 from passes.linearize import Linearization, split
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
-from rewriter.errors import OptimizeNestedError
+from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.options import Options
 from rewriter.rewrite import Rewritten
 
@@ -61,6 +62,7 @@ class Step:
         self._backward: Compiled | None = None
         self._value: Compiled | None = None
         self._unchecked = options.check
+        self._warnings = list(rewritten.detached)
 
     def _compile(self, module: GraphModule) -> Compiled:
         return compile_graph(module, self.options.backend, self.options.mode)
@@ -75,6 +77,8 @@ class Step:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if explaining.get():
             raise Explained(self.rewritten)
+        while self._warnings:
+            warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
         for position in self.rewritten.flat.promoted:
             inputs[position].requires_grad_()  # as the loss as written does
         if self._unchecked:
@@ -137,7 +141,7 @@ def _own(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
     seen = {id(x) for x in inputs}
     result = []
     for value in outputs:
-        taken = isinstance(value, Tensor) and id(value) in seen
+        taken = isinstance(value, Tensor) and (id(value) in seen or value._is_view())
         seen.add(id(value))
         result.append(value.clone() if taken else value)
     return tuple(result)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import functional
+from torch.utils._pytree import tree_map
 
 
 def _as_tuple(tensors: Any) -> tuple[Tensor, ...]:
@@ -128,6 +129,59 @@ def hvp(
     directions = tuple(torch.ones_like(x) for x in points) if v is None else _as_tuple(v)
     second = _grads(first, points, directions, create_graph, strict)
     return _kept(output, create_graph), _like(second, inputs)
+
+
+def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return ``func(*primals)`` and ``t ↦ ∂func/∂primals · t``, evaluated once: the pullback is
+    linear in its cotangent, and its own pullback is the tangent map.
+
+    PyTorch's function returns a tangent map that is a constant to every outer derivative; this one
+    is differentiable, as `torch.func.jvp` is.
+    """
+    made: Any = torch.func.vjp(func, *primals)
+    output, pullback = made
+    zeros = tree_map(torch.zeros_like, output)
+
+    def tangent_map(*tangents: Any) -> Any:
+        transposed: Any = torch.func.vjp(pullback, zeros)
+        return transposed[1](tangents)[0]
+
+    return output, tangent_map
+
+
+def jvp_by_pullbacks(
+    func: Callable[..., Any], primals: tuple, tangents: tuple, argnums: Any = None, *,
+    strict: bool = False, has_aux: bool = False,
+) -> Any:  # fmt: skip
+    """Do what `torch._functorch.eager_transforms._jvp_with_argnums` does, by two pullbacks.
+
+    It stands in where Dynamo cannot trace forward mode: some of it inside of itself.
+    """
+    moving = range(len(primals)) if argnums is None else argnums
+    moving = (moving,) if isinstance(moving, int) else tuple(moving)
+
+    def at(*points: Any) -> Any:
+        arguments = list(primals)
+        for position, point in zip(moving, points, strict=True):
+            arguments[position] = point
+        return func(*arguments)
+
+    made: Any = torch.func.vjp(at, *[primals[i] for i in moving], has_aux=has_aux)
+    output, pullback, *aux = made
+    transposed: Any = torch.func.vjp(pullback, tree_map(torch.zeros_like, output))
+    return (output, transposed[1](tuple(tangents))[0], *aux)
+
+
+def accumulate_gradients(
+    outputs: Any, leaves: tuple[Tensor, ...], gradients: Any, create_graph: bool
+) -> None:
+    """Do what `torch.autograd.backward` does: add to the ``.grad`` of each leaf it reaches."""
+    found = torch.autograd.grad(
+        outputs, leaves, gradients, create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
+    for leaf, grad in zip(leaves, found, strict=True):
+        if grad is not None:
+            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
 SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {

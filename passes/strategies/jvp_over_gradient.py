@@ -64,6 +64,11 @@ class JvpOverGradient(Strategy):
         )
         if any(value_of(n).is_complex() for n in parts.inputs if isinstance(value_of(n), Tensor)):
             raise Refused("complex tensors: the symmetry of the Hessian is not proven")
+        if derivative.holds_user_function(body_of(module, node)):
+            raise Refused(
+                "a user-defined autograd.Function: its backward need not be the derivative of its "
+                "forward, so the symmetry of the Hessian is not proven"
+            )
         used = sorted({arguments(item)[1] for item in node.users})
         name = node.meta["site"].name
         body, taken = self._inner_sites_built(body_of(module, node), parts, active, wish)
