@@ -16,20 +16,21 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx import GraphModule
 
-from passes.graph import is_random, placeholders, value_of
+from passes.graph import copy_graph, is_random, placeholders, value_of
 from passes.tracing import fake_mode_of
 from rewriter.errors import NestedGradientWarning
 
 Compiled = Callable[..., Sequence[Any]]
 
 
-def compile_graph(module: GraphModule, backend: str, mode: str) -> Compiled:
+def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool) -> Compiled:
     """Return a function that computes what a functional ATen graph computes.
 
     Args:
         module: The graph; its placeholders hold fake tensors.
         backend: ``"eager"`` runs the graph op by op, ``"inductor"`` compiles it.
         mode: A mode of Inductor.
+        strict: Let Inductor's own errors pass, instead of running the graph op by op.
     """
     if backend == "eager":
         return module.forward
@@ -47,9 +48,43 @@ def compile_graph(module: GraphModule, backend: str, mode: str) -> Compiled:
     # The generator must end where eager leaves it, so draws are eager's own.
     draws = any(is_random(node) for node in module.graph.nodes)
     settings = {**list_mode_options(mode), "fallback_random": draws}
-    context = TracingContext(fake_mode_of(examples))
-    with tracing(context), torch.no_grad():
-        return compile_fx(module, examples, config_patches=settings)  # pyright: ignore[reportReturnType]
+    with tracing(TracingContext(fake_mode_of(examples))), torch.no_grad():
+        try:
+            return compile_fx(_with_own_draws(module), examples, config_patches=settings)  # pyright: ignore[reportReturnType]
+        except Exception as error:
+            if strict:
+                raise
+            warnings.warn(
+                f"optimize_nested: Inductor fails on the rewritten loss, which therefore runs op by "
+                f"op: {str(error).strip().splitlines()[0]}",
+                NestedGradientWarning,
+                stacklevel=2,
+            )
+            return module.forward
+
+
+@torch.library.custom_op(
+    "optimize_nested::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _bernoulli(p: Tensor) -> Tensor:
+    """Draw as `torch.bernoulli` does; Inductor takes that one apart, into other numbers."""
+    return torch.bernoulli(p)
+
+
+@_bernoulli.register_fake
+def _bernoulli_fake(p: Tensor) -> Tensor:
+    return torch.empty_like(p)
+
+
+def _with_own_draws(module: GraphModule) -> GraphModule:
+    """Return a copy, which Inductor may keep, that draws as eager draws."""
+    module = copy_graph(module)
+    for node in module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.bernoulli.default
+    ):
+        node.target = torch.ops.optimize_nested.bernoulli.default
+    module.recompile()
+    return module
 
 
 def _has_compiler(module: GraphModule) -> bool:

@@ -65,7 +65,8 @@ class Step:
         self._warnings = list(rewritten.detached)
 
     def _compile(self, module: GraphModule) -> Compiled:
-        return compile_graph(module, self.options.backend, self.options.mode)
+        options = self.options
+        return compile_graph(module, options.backend, options.mode, strict=options.strict)
 
     def prepare(self) -> Step:
         """Compile what every call needs; return self."""

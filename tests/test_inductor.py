@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from rewriter import optimize_nested
+from rewriter import NestedGradientWarning, OptimizeNestedError, optimize_nested
 from tests.cases import mlp, with_written_norms
 from tests.oracle import check
 
@@ -60,3 +60,31 @@ def test_two_graphs() -> None:
     per_sample(other, x).backward(weights)
     for mine, reference in zip(net.parameters(), other.parameters(), strict=True):
         assert mine.grad is reference.grad or torch.allclose(mine.grad, reference.grad, rtol=1e-9)
+
+
+def draws(net: nn.Module, x: Tensor) -> Tensor:
+    """Draws whose parameters depend on the point, beside one that does not."""
+    p = x.detach().requires_grad_()
+    u = nn.functional.rrelu(net(p), training=True)
+    v = u.square() * torch.bernoulli(torch.sigmoid(u)) * torch.normal(u, torch.ones_like(u))
+    (g,) = grad(nn.functional.dropout(v).sum(), p, create_graph=True)
+    return g.square().sum() * torch.bernoulli(torch.full((3,), 0.4, dtype=x.dtype)).sum()
+
+
+def test_draws_are_those_of_eager() -> None:
+    x = torch.randn(5, 2, dtype=torch.float64)
+    check(draws, [mlp(nn.Tanh, 3, 6, 2)], x, backend="inductor")
+
+
+def test_inductors_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor cannot compile runs op by op, and says so; with ``strict`` it is an error."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no code for this")
+
+    monkeypatch.setattr("rewriter.codegen.compile_fx", fail)
+    net, x = mlp(nn.Tanh, 3, 6, 2), torch.randn(5, 2, dtype=torch.float64)
+    with pytest.warns(NestedGradientWarning, match="no code for this"):
+        check(everything, [net], x, backend="inductor")
+    with pytest.raises(OptimizeNestedError, match="no code for this"):
+        optimize_nested(everything, strict=True)(net, x)
