@@ -46,7 +46,7 @@ def trace_value(module: GraphModule) -> GraphModule:
             return list(Interpreter(module).run(*values))
 
     joint = trace(step, examples, fake_mode_of(examples))
-    _finish(joint)
+    finish_joint(joint)
     return joint
 
 
@@ -120,11 +120,11 @@ def trace_step(
         return list(out[: roles.n_outputs]), list(out[roles.n_outputs :]), grads
 
     joint = trace(step, [*examples, *cotangents], fake_mode_of(examples))
-    _finish(joint)
+    finish_joint(joint)
     return joint
 
 
-def _finish(joint: GraphModule) -> None:
+def finish_joint(joint: GraphModule) -> None:
     """Simplify; how many changes that took stays with the graph, for the report."""
     flatten_output(joint.graph)
     drop_stops(joint)

@@ -51,6 +51,16 @@ def trace_before_autograd(
     return _functional(module, inputs, mode, before_autograd)
 
 
+def trace_differentiable(
+    function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode
+) -> GraphModule:
+    """Record what ``function(*inputs)`` computes, derivatives included, to be differentiated once
+    more: operators stay whole, those of PyTorch's derivative formulas too."""
+    return _functional(
+        _record(function, inputs, mode, before_autograd()), inputs, mode, before_autograd
+    )
+
+
 def _functional(
     module: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, table: Callable[[], Any]
 ) -> GraphModule:

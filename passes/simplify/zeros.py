@@ -46,6 +46,8 @@ _JOINS: dict[Any, tuple[int, ...]] = {
 def _is_made_of_zeros(node: Node) -> bool:
     if node.target in _MADE:
         return True
+    if node.target is aten.scalar_tensor.default:
+        return not isinstance(node.args[0], Node) and bool(node.args[0] == 0)
     if node.target not in _FILLED:
         return False
     filling = arguments(node)[1]

@@ -1,0 +1,274 @@
+"""A function and its derivatives of every order, each an explicit graph: the levels of a tower.
+
+Level 0 is a function ``f : u → y``. It returns its residuals ``r`` too, the values of its
+expensive operators, and they count as outputs: level 1 is the pullback ``(u, r, ȳ, r̄) → ū`` of
+``u ↦ (y, r)``, in which everything cheap is computed again from ``r``. Level 1 is a function like
+any other, so its pullback is level 2, and so on.
+
+What level 2 sends back to ``r`` meets the cotangent of ``y`` in one sweep of level 1: a gradient
+penalty with a data loss costs one pass for ``f``, one for its input gradient, two for the pullback
+of that and two for the sweep.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from passes import derivative
+from passes.graph import (
+    copy_graph,
+    drop_dead,
+    finish,
+    is_float,
+    is_random,
+    placeholders,
+    results,
+    value_of,
+)
+from passes.joint import finish_joint
+from passes.linearize import flatten_output
+from passes.markers import STOP
+from passes.tracing import example_inputs, fake_mode_of, trace, trace_differentiable
+
+aten = torch.ops.aten
+
+
+class Cotangent(enum.Enum):
+    """What is known of a cotangent before it is computed."""
+
+    ABSENT = 0
+    GIVEN = 1
+    ZERO = 2
+
+
+class Level:
+    """One level of a tower.
+
+    Attributes:
+        graph: ``inputs → (*outputs, *updates)``, whole operators; an output may be None.
+        n_outputs: How many of its results are outputs; updates are not differentiated.
+        wanted: Positions of the inputs that a derivative can be asked for.
+        residual_inputs: Positions of the inputs that are residuals of the level below.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        n_outputs: int,
+        wanted: Sequence[int],
+        residual_inputs: Sequence[int] = (),
+    ) -> None:
+        self.graph, self.n_outputs = graph, n_outputs
+        self.wanted, self.residual_inputs = tuple(wanted), frozenset(residual_inputs)
+
+    @functools.cached_property
+    def _saved(self) -> tuple[list[Node], tuple[int, ...], frozenset[int]]:
+        """Residuals, kept inputs, active ends: by tracing the pullback in everything at once."""
+        candidates = [node for node in self.graph.graph.nodes if _is_expensive(node)]
+        module, live = _pulled_back(self, candidates, None, self.wanted)
+        n_inputs = len(placeholders(self.graph.graph))
+        read = [bool(node.users) for node in placeholders(module.graph)]
+        used = read[n_inputs : n_inputs + len(candidates)]
+        ends = [*range(self.n_outputs)]
+        ends += [self.n_outputs + i for i, is_used in enumerate(used) if is_used]
+        residuals = [node for node, is_used in zip(candidates, used, strict=True) if is_used]
+        kept = tuple(i for i in range(n_inputs) if read[i])
+        return residuals, kept, frozenset(i for i, end in enumerate(ends) if end in live)
+
+    @property
+    def residuals(self) -> list[Node]:
+        """The nodes of ``graph`` that the pullback reads, beside the inputs."""
+        return self._saved[0]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Positions of the inputs that the pullback reads."""
+        return self._saved[1]
+
+    @property
+    def active(self) -> frozenset[int]:
+        """Positions, among outputs and residuals, of those that carry a derivative."""
+        return self._saved[2]
+
+    def primal(self) -> GraphModule:
+        """Return ``inputs → (*outputs, *updates, *residuals)``, ready to be compiled."""
+        module = copy_graph(self.graph)
+        names = {node.name: node for node in module.graph.nodes}
+        output = module.graph.output_node()
+        kept = [names[node.name] for node in self.residuals]
+        output.args = ((*results(module.graph), *kept),)
+        module.recompile()
+        return compilable(module)
+
+    def value(self) -> GraphModule:
+        """Return ``inputs → (*outputs, *updates)``, ready to be compiled."""
+        return compilable(self.graph)
+
+    def pullback(self, given: Sequence[Cotangent], needed: Sequence[int]) -> Level:
+        """Return the next level: ``(*kept inputs, *residuals, *given cotangents) → (*gradients)``.
+
+        Args:
+            given: For each output and residual, what is known of its cotangent.
+            needed: Positions of the inputs whose gradients are asked for.
+        """
+        module, _ = _pulled_back(self, self.residuals, given, needed)
+        n_inputs = len(placeholders(self.graph.graph))
+        for index, node in enumerate(placeholders(module.graph)):
+            if index < n_inputs and index not in self.kept:
+                module.graph.erase_node(node)
+        finish(module)
+        taken = placeholders(module.graph)
+        n_kept = len(self.kept)
+        residuals = range(n_kept, n_kept + len(self.residuals))
+        wanted = tuple(i for i, node in enumerate(taken) if is_float(node))
+        return Level(module, len(needed), wanted, residuals)
+
+
+def compilable(module: GraphModule) -> GraphModule:
+    """Trace a graph of whole operators, which may hold derivatives, into a simplified one."""
+    examples = example_inputs(module)
+
+    def run(*values: Any) -> list[Any]:
+        with torch.no_grad():
+            return list(Interpreter(module).run(*values))
+
+    traced = trace(run, examples, fake_mode_of(examples))
+    finish_joint(traced)
+    return traced
+
+
+# Beside pointwise operators: what costs nothing to do again.
+_CHEAP = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
+    aten.t.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.slice.Tensor,
+    aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default,
+    aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format,
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.scalar_tensor.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.cat.default,
+    aten.stack.default, aten.flip.default, aten.diagonal.default, aten.eye.default, STOP,
+    derivative.stop, aten.movedim.int, aten.unflatten.int, aten.chunk.default, aten.narrow.default,
+}  # fmt: skip
+
+
+def _is_expensive(node: Node) -> bool:
+    """Whether a node's value is kept rather than computed again."""
+    if node.op != "call_function" or not isinstance(value_of(node), Tensor):
+        return False
+    source = node.args[0] if node.target.__name__ == "getitem" else node
+    assert isinstance(source, Node)
+    if source.op != "call_function":
+        return False
+    if is_random(source):
+        return True
+    if source.target in _CHEAP:
+        return False
+    return torch.Tag.pointwise not in getattr(source.target, "tags", ())
+
+
+class _Recorder(Interpreter):
+    """Run a graph and keep the values of some nodes."""
+
+    def __init__(self, module: GraphModule, kept: Sequence[Node]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.kept = kept
+
+    def run_and_keep(self, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        out = self.run(*values)
+        return list(out), [self.env[node] for node in self.kept]
+
+
+def _pulled_back(
+    level: Level,
+    residuals: Sequence[Node],
+    given: Sequence[Cotangent] | None,
+    needed: Sequence[int],
+) -> tuple[GraphModule, set[int]]:
+    """Trace ``(*inputs, *residuals, *given cotangents) → (*gradients of needed)``.
+
+    Args:
+        level: The function.
+        residuals: What need not be computed again.
+        given: What is known of each cotangent; None for everything that has a derivative.
+        needed: Positions of the inputs to differentiate with respect to.
+
+    Returns:
+        The graph, and the positions of the outputs and residuals that carry a derivative.
+    """
+    inputs = example_inputs(level.graph)
+    mode = fake_mode_of(inputs)
+    like = [*results(level.graph.graph)[: level.n_outputs], *residuals]
+    if given is None:
+        given = [Cotangent.GIVEN if is_float(node) else Cotangent.ABSENT for node in like]
+    with mode:
+        cotangents = [
+            torch.empty(value_of(n).shape, dtype=value_of(n).dtype, device=value_of(n).device)
+            for n, kind in zip(like, given, strict=True)
+            if kind is Cotangent.GIVEN
+        ]
+    live: list[int] = []
+
+    def run(*values: Any) -> list[Any]:
+        own, dense = list(values[: len(inputs)]), iter(values[len(inputs) :])
+        with torch.enable_grad():
+            for i in needed:
+                own[i] = own[i].detach().requires_grad_()
+            out, kept = _Recorder(level.graph, residuals).run_and_keep(own)
+            pairs = []
+            for index, (end, kind) in enumerate(
+                zip([*out[: level.n_outputs], *kept], given, strict=True)
+            ):
+                if kind is Cotangent.ABSENT:
+                    continue
+                seed = next(dense) if kind is Cotangent.GIVEN else torch.zeros_like(end)
+                if end.requires_grad:
+                    live.append(index)
+                    pairs.append((end, seed))
+            found: Sequence[Any] = [None] * len(needed)
+            if pairs and needed:
+                found = torch.autograd.grad(
+                    [end for end, _ in pairs],
+                    [own[i] for i in needed],
+                    [seed for _, seed in pairs],
+                    create_graph=True,  # formulas that can be differentiated
+                    allow_unused=True,
+                )
+        return [*found, *kept]
+
+    module = trace_differentiable(run, [*inputs, *cotangents], mode)
+    flatten_output(module.graph)
+    _cut(module.graph, len(inputs), len(residuals))
+    return finish(module), set(live)
+
+
+def _cut(graph: Graph, n_inputs: int, n_residuals: int) -> None:
+    """Make inputs of the graph's last ``n_residuals`` results, after the first ``n_inputs``."""
+    for node in list(graph.nodes):
+        if node.target is aten.detach.default:
+            # Of what autograd saves; what the user detached is a stop.
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is STOP:
+            node.target = derivative.stop
+    outputs = results(graph)
+    kept = outputs[len(outputs) - n_residuals :]
+    graph.output_node().args = (tuple(outputs[: len(outputs) - n_residuals]),)
+    taken = placeholders(graph)
+    after = taken[n_inputs - 1] if n_inputs else None
+    for index, node in enumerate(kept):
+        with graph.inserting_after(after):
+            new = graph.placeholder(f"residual_{index}")
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        after = new
+    for node in reversed(list(graph.nodes)):
+        if is_random(node) and not node.users:
+            graph.erase_node(node)  # drawn at the level below
+    drop_dead(graph)
