@@ -44,10 +44,15 @@ class Price:
         return evaluated(self.flops, hints), evaluated(self.bytes_moved, hints)
 
 
+UNKNOWN = 64
+
+
 def evaluated(expression: sympy.Expr, hints: dict[sympy.Symbol, int]) -> int:
-    """Return the number an expression has at given sizes."""
+    """Return the number an expression has at given sizes; `UNKNOWN` stands in for a size that
+    depends on values."""
     sizes: Any = hints
-    return int(expression.subs(sizes))
+    known = expression.subs(sizes)
+    return int(known.subs(dict.fromkeys(known.free_symbols, UNKNOWN)))
 
 
 def _expr(value: Any) -> sympy.Expr:

@@ -3,6 +3,7 @@ and absent gradients."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -95,14 +97,15 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
         if isinstance(example, Tensor) and _is_wanted(nodes[i], i in promoted)
     )
     start = [i for i in wanted if i not in promoted]
-    with fake_mode_of(examples), FlopCounter() as counter:
+    mode = fake_mode_of(examples)
+    with mode, _numbers_forgotten(mode), FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
         leaves = [own[i] for i in wanted]
         ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
         # Counted once, all outputs together, as one backward pass would.
         gradients_of(outputs, leaves, retain_graph=True)
     reached = {}
-    with fake_mode_of(examples):
+    with mode, _numbers_forgotten(mode):
         for end in ends:
             grads = gradients_of([outputs[end]], leaves, retain_graph=True)
             reached[end] = frozenset(
@@ -111,6 +114,13 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
     return AsWritten(counter.total, wanted, reached)
 
 
+def _numbers_forgotten(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:
+    """Let a backward operator read a number (`torch.trace` does) that no traced value holds."""
+    if mode.shape_env is None:
+        return contextlib.nullcontext()
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
 def _is_wanted(node: Node, promoted: bool) -> bool:
     example = example_of(node)
-    return promoted or (example.requires_grad and example.dtype.is_floating_point)
+    return promoted or example.requires_grad

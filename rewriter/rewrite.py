@@ -21,6 +21,7 @@ from rewriter.detached import detached_derivatives
 from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
 from rewriter.options import Options
+from rewriter.twice import write_out
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,12 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
 
     module = stage("flatten", flattened)
     flat = flats[0]
-    as_written = measure(captured, flat.promoted)
+    try:
+        as_written = measure(captured, flat.promoted)
+    except RuntimeError:
+        if not write_out(captured):
+            raise
+        return rewrite(captured, options)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
     detached = detached_derivatives(module, requiring, as_written.differentiable)

@@ -105,6 +105,8 @@ def drop_aliases(graph: Graph) -> int:
             source = node.args[0]
         if value_of(source).stride() != value_of(node).stride():
             continue  # a view further on may rely on the layout
+        if value_of(source).is_conj() != value_of(node).is_conj():
+            continue  # conjugation that is not carried out yet cannot be viewed as real
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         changes += 1

@@ -17,6 +17,7 @@ from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.simplify import simplify
 from passes.strategies.base import FORWARD, Refused, Strategy
 from passes.tangent_rules import NoRule
+from passes.tangent_tables import NOT_A_GRADIENT
 from passes.tracing import fake_mode_of, trace
 
 
@@ -69,6 +70,7 @@ class JvpOverGradient(Strategy):
                 "a user-defined autograd.Function: its backward need not be the derivative of its "
                 "forward, so the symmetry of the Hessian is not proven"
             )
+        _refuse_where_no_gradient(body_of(module, node))
         used = sorted({arguments(item)[1] for item in node.users})
         name = node.meta["site"].name
         body, taken = self._inner_sites_built(body_of(module, node), parts, active, wish)
@@ -189,11 +191,25 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Te
     if not pairs:
         return tuple(torch.zeros_like(x) for x in at)
     outputs, seeds = zip(*pairs, strict=True)
-    # Some formulas hold for a first derivative only (`cumprod` at a zero) or read a factorisation that
-    # has no tangent (`det`, `solve`); with `create_graph` PyTorch takes one that can be differentiated.
+    # Some formulas hold for a first derivative only (`cumprod` at a zero) or read a factorisation
+    # that has no tangent (`det`, `solve`); `create_graph` asks for one to be differentiated again.
     return torch.autograd.grad(
         outputs, at, seeds, create_graph=True, allow_unused=True, materialize_grads=True
     )
+
+
+def _refuse_where_no_gradient(body: GraphModule) -> None:
+    """Refuse a body with an operator whose derivative is not everywhere a gradient."""
+    for node in body.graph.nodes:
+        if node.target in NOT_A_GRADIENT and _is_meant(node):
+            raise Refused(f"{node.target}: {NOT_A_GRADIENT[node.target]}")
+    for inner in sites(body):
+        _refuse_where_no_gradient(body_of(body, inner))
+
+
+def _is_meant(node: Node) -> bool:
+    hermitian = node.target is torch.ops.aten.linalg_pinv.atol_rtol_tensor
+    return not hermitian or bool(node.kwargs.get("hermitian", False))
 
 
 def _example(read: Any) -> Any:
