@@ -260,6 +260,9 @@ def reduction_cases() -> Iterator[Case]:
     for op in (aten._softmax.default, aten._log_softmax.default):
         yield Case(op, (x, 1, False))
         yield Case(op, (x, -2, False))
+    yield Case(aten.logcumsumexp.default, (x, 1))
+    yield Case(aten.logcumsumexp.default, (30 * x, -2))
+    yield Case(aten.logcumsumexp.default, (normal(), 0))
     yield Case(aten.pow.Tensor_Scalar, (uniform(3), 0))
     for exponent in (1, 2, 3, 0.5, -1, -2.5, 2.0):
         yield Case(aten.pow.Tensor_Scalar, (uniform(3), exponent))

@@ -17,6 +17,7 @@ from tests.oracle import assert_same, check, outcome
 Body = Callable[[nn.Module, Tensor], Tensor]
 
 _KINDS = torch.tensor([0, 1, 2, 0, 1, 2])
+_TWICE = torch.tensor([1, 1, 0, 6]).expand(6, 4)
 _SHIFT = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
 
 # m is Linear(3, 4), x has shape (6, 3).
@@ -34,6 +35,16 @@ BODIES: dict[str, Body] = {
     "topk": lambda m, x: m(x).topk(2, dim=1)[0] ** 3,
     "max_along": lambda m, x: m(x).max(dim=1)[0] ** 3,
     "amax": lambda m, x: m(x).amax(dim=1) ** 2 + m(x).amin() ** 2,
+    "logcumsumexp": lambda m, x: m(x).logcumsumexp(1) + (40 * m(x)).logcumsumexp(0),
+    "product_with_zeros": lambda m, x: (m(x) * (_SHIFT > -0.3)).cumprod(1),
+    "determinant": lambda m, x: torch.linalg.det(m(x).view(6, 2, 2)),
+    "slogdet": lambda m, x: torch.linalg.slogdet(m(x).view(6, 2, 2))[1],
+    "solve": lambda m, x: torch.linalg.solve(m(x).view(6, 2, 2) + 3 * torch.eye(2), x[:, :2]),
+    "trace": lambda m, x: torch.trace(m(x).tanh()),
+    "circular_pad": lambda m, x: F.pad(m(x), (1, 2), mode="circular").tanh(),
+    "difference": lambda m, x: torch.diff(m(x), n=0).tanh() + m(x).diff(append=_SHIFT).sin()[:, :4],
+    "polar": lambda m, x: torch.polar(m(x).exp(), m(x)).real,
+    "boolean_mask": lambda m, x: m(x)[_SHIFT > 0].tanh() * m(x).masked_select(_SHIFT > 0),
     "cumulative": lambda m, x: m(x).cumsum(1).prod(1),
     "logsumexp": lambda m, x: m(x).logsumexp(1),
     "spread": lambda m, x: m(x).var(1) + m(x).std(1),
@@ -94,10 +105,15 @@ def sampled(image: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        (lambda m, x: torch.linalg.det(m(x).view(6, 2, 2)), "_linalg_det"),
+        (lambda m, x: torch.linalg.lu_factor(m(x).view(6, 2, 2))[0], "lu_unpack"),
         (lambda m, x: sampled(m(x).view(1, 1, 4, 6), x), "grid_sampler"),
+        # Their derivative is not a gradient everywhere: forward mode would give other numbers.
+        (lambda m, x: F.max_unpool1d(m(x), _TWICE, 2), "max_unpool2d"),
+        (lambda m, x: torch.cholesky_inverse(m(x).view(6, 2, 2)), "cholesky_inverse"),
+        (lambda m, x: torch.linalg.pinv(m(x).view(6, 2, 2), hermitian=True), "linalg_pinv"),
+        (lambda m, x: torch.as_strided_scatter(m(x), x, (6, 3), (4, 1)), "as_strided_scatter"),
     ],
-    ids=["det", "grid_sample"],
+    ids=["lu", "grid_sample", "max_unpool", "cholesky_inverse", "pinv", "as_strided_scatter"],
 )
 def test_no_rule_stays_as_written(body: Body, named: str) -> None:
     """The operator is named in the report; numbers are right by reverse mode."""

@@ -1,0 +1,80 @@
+"""A sample of PyTorch's operator database, and the table of all of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.conformance import (
+    AS_WRITTEN,
+    BEYOND,
+    CRASH,
+    REWRITTEN,
+    TABLE,
+    VERSION,
+    WRONG,
+    entries,
+    rows,
+    run_entry,
+)
+
+# A few of every family, and each entry that has been wrong once.
+SAMPLE = (
+    # elementwise
+    "add", "mul", "div (no_rounding_mode)", "pow", "exp", "log", "tanh", "sigmoid", "erf", "atan2",
+    "clamp", "where", "hypot", "xlogy", "sinc", "polar",
+    # reductions and scans
+    "sum", "mean", "prod", "var", "amax", "std", "norm", "logsumexp", "cumsum", "cumprod",
+    "logcumsumexp", "median", "linalg.vector_norm",
+    # shapes and indices
+    "cat", "expand", "permute", "gather", "scatter_add", "index_select", "take", "sort", "topk",
+    "diff", "tril", "trace", "unfold", "masked_select", "masked_fill",
+    "as_strided_scatter",
+    # matrices
+    "mm", "bmm", "addmm", "einsum", "linalg.det", "linalg.solve", "linalg.eigh", "linalg.inv",
+    "matrix_exp", "cholesky_inverse", "triangular_solve",
+    # layers
+    "nn.functional.conv2d", "nn.functional.conv_transpose1d", "nn.functional.gelu",
+    "nn.functional.hardsigmoid", "nn.functional.layer_norm", "nn.functional.max_pool2d",
+    "nn.functional.max_unpool1d", "nn.functional.pad (circular)", "nn.functional.dropout",
+    "nn.functional.cross_entropy", "nn.functional.embedding", "nn.functional.grid_sample",
+    "nn.functional.scaled_dot_product_attention", "nn.functional.pixel_shuffle", "cdist",
+    "fft.rfft",
+    # modules
+    "nn.Linear", "nn.Bilinear", "nn.BatchNorm1d", "nn.GroupNorm", "nn.CircularPad1d",
+    "nn.MultiMarginLoss", "nn.GRUCell",
+)  # fmt: skip
+
+KNOWN = entries()
+
+
+@pytest.mark.filterwarnings("ignore")  # the database builds its samples with deprecated functions
+@pytest.mark.parametrize("name", [name for name in SAMPLE if name in KNOWN])
+def test_entry(name: str) -> None:
+    result = run_entry(name, KNOWN[name])
+    assert result.result in (REWRITTEN, BEYOND), f"{result.result}: {result.reason}"
+    assert "reverse" in result.strategies
+
+
+def written_for() -> str:
+    found = re.search(r"^torch (\S+),", TABLE.read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def test_table() -> None:
+    """Nothing is wrong, nothing crashes, and whatever is as written has a reason."""
+    text = TABLE.read_text()
+    found = rows(text)
+    assert len(found) > 600
+    assert [name for name, result in found.items() if result in (WRONG, CRASH)] == []
+    bare = [line for line in text.splitlines() if f"| {AS_WRITTEN} |" in line and "|  |" in line]
+    assert not [line for line in bare if line.endswith("|  |")]
+
+
+def test_table_has_every_entry() -> None:
+    if written_for() != VERSION:
+        pytest.skip(f"the table was written for torch {written_for()}, this is {VERSION}")
+    assert list(rows(TABLE.read_text())) == list(KNOWN)
+    assert [name for name in SAMPLE if name not in KNOWN] == []
