@@ -58,8 +58,13 @@ _DERIVATIVES = (GRADIENT, TANGENT)
 
 
 def _merge_expressions(graph: Graph) -> int:
-    """Merge nodes that call the same operator on the same nodes."""
-    return merge_common(graph, apart=_VARIABLES)
+    """Merge nodes that call the same operator on the same nodes.
+
+    A node that a derivative is taken at is a variable to it: an equal expression is a constant.
+    """
+    marks = [node for node in graph.nodes if node.target in _DERIVATIVES]
+    variables = {node for node in graph.nodes if node.target in _VARIABLES}
+    return merge_common(graph, apart=variables.union(*(arguments(mark)[1] for mark in marks)))
 
 
 def _looked_through(node: Node, active: set[Node]) -> bool:

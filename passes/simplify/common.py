@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ aten = torch.ops.aten
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default}
 
 
-def merge_common(graph: Graph, apart: tuple[Any, ...] = ()) -> int:
+def merge_common(graph: Graph, apart: Set[Node] = frozenset()) -> int:
     """Merge nodes that call the same operator on the same arguments, in either order where the
-    operator commutes; calls of the operators in ``apart`` stay."""
+    operator commutes; the nodes in ``apart`` stay."""
     seen: dict[Any, Node] = {}
     changes = 0
     for node in list(graph.nodes):
-        if is_impure(node) or node.target in apart or node.op not in ("call_function", "get_attr"):
+        if is_impure(node) or node in apart or node.op not in ("call_function", "get_attr"):
             continue
         first = seen.setdefault(_key(node), node)
         if first is not node:

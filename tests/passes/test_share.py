@@ -379,6 +379,16 @@ def test_active_nodes(inputs: list[Tensor]) -> None:
     assert any(node.target is POINT for node in active_of(module, inputs))
 
 
+def test_a_point_is_no_expression(inputs: list[Tensor]) -> None:
+    """What a derivative is taken at is a variable; an equal expression beside it is a constant."""
+
+    def loss(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
+        h, again = net(x, w), net(x, w)
+        return m.gradient(h * again, h).square().sum()
+
+    assert tanh_calls(loss, *inputs) == 2
+
+
 # Seeds that make a gradient; the later ones once found something.
 SEEDS = [0, 1, 3, 8, 11, 12, 13, 16, 19, 21, 22, 24, 82, 348, 716, 1098, 1548, 1648, 1710, 1850]
 
