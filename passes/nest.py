@@ -353,18 +353,30 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
 
 def _replace_with_zeros(graph: Graph, mark: Node, indices: list[int]) -> None:
     """A derivative of something that does not depend on the point is zero."""
+    outputs, points, along, batch_dims = arguments(mark)
     for index in indices:
         value = value_of(mark)[index]
-        if not all(isinstance(size, int) for size in value.shape):
-            raise NotNested("a derivative that is zero, of a tensor of symbolic size")
+        like = points[index] if mark.target is GRADIENT else outputs[index]
         with graph.inserting_before(mark):
+            shape = [_size(graph, along[0], dim) for dim in range(batch_dims)]
+            shape += [_size(graph, like, dim) for dim in range(value_of(like).dim())]
             zeros = graph.call_function(
                 torch.ops.aten.full.default,
-                (list(value.shape), 0),
+                (shape, 0),
                 {"dtype": value.dtype, "device": value.device},
             )
         zeros.meta["val"] = value
         _replace_item(mark, index, zeros)
+
+
+def _size(graph: Graph, of: Node, dim: int) -> Any:
+    """Return a size of a node's tensor: a number, or a node where it is a symbol."""
+    size = value_of(of).shape[dim]
+    if isinstance(size, int):
+        return size
+    node = graph.call_function(torch.ops.aten.sym_size.int, (of, dim))
+    node.meta["val"] = size
+    return node
 
 
 def _dissolve_marks(module: GraphModule) -> None:
