@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 
 from passes.markers import STOP, stop
 
@@ -114,13 +115,19 @@ ELEMENTWISE: dict[Any, Callable[[Tensor, Tensor], Any]] = {
     aten.erfc.default: lambda y, x: -1.1283791670955126 * (-(x * x)).exp(),
 }
 
+
+def _in_parts(backward: Any) -> Callable[..., Tensor]:
+    """Return what a backward operator is made of: PyTorch cannot differentiate this one."""
+    return get_decompositions([backward])[backward]
+
+
 # The derivative as PyTorch's own backward operator, applied to ẋ: rule(ẋ, y, x, *other arguments).
 FROM_BACKWARD: dict[Any, Callable[..., Tensor]] = {
     aten.tanh.default: lambda t, y, x: aten.tanh_backward(t, y),
     aten.sigmoid.default: lambda t, y, x: aten.sigmoid_backward(t, y),
     aten.relu.default: lambda t, y, x: aten.threshold_backward(t, y, 0),
     aten.gelu.default: lambda t, y, x, **k: aten.gelu_backward(t, x, **k),
-    aten.silu.default: lambda t, y, x: aten.silu_backward(t, x),
+    aten.silu.default: lambda t, y, x: _in_parts(aten.silu_backward.default)(t, x),
     aten.softplus.default: lambda t, y, x, beta=1, threshold=20: aten.softplus_backward(
         t, x, beta, threshold
     ),
@@ -132,6 +139,6 @@ FROM_BACKWARD: dict[Any, Callable[..., Tensor]] = {
     ),
     aten.hardtanh.default: lambda t, y, x, low=-1, high=1: aten.hardtanh_backward(t, x, low, high),
     aten.hardswish.default: lambda t, y, x: aten.hardswish_backward(t, x),
-    aten.hardsigmoid.default: lambda t, y, x: aten.hardsigmoid_backward(t, x),
-    aten.mish.default: lambda t, y, x: aten.mish_backward(t, x),
+    aten.hardsigmoid.default: lambda t, y, x: _in_parts(aten.hardsigmoid_backward.default)(t, x),
+    aten.mish.default: lambda t, y, x: _in_parts(aten.mish_backward.default)(t, x),
 }
