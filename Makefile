@@ -42,6 +42,7 @@ N ?= 1000
 fuzz: setup ## Compare random programs with themselves as written, others each time (N=5000)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 7)) \
 		$(BIN)/python -m pytest tests/test_fuzz.py -s --hypothesis-profile=fuzz $(ARGS)
+
 .PHONY: conformance
 conformance: setup ## Compare PyTorch's operator database with eager, into docs/conformance.md
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.conformance

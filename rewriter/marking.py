@@ -26,6 +26,7 @@ from passes.markers import (
 )
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
+from rewriter.memory import Memory, requires_grad, written_by
 from rewriter.stateful import MIXES, write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -63,11 +64,14 @@ class Marking(Interpreter):
         self.level_at: dict[int, int] = {}
         self.duals: list[list[tuple[Tensor, Tensor]]] = []
         self.own_dual_level = False
+        self.memory = Memory(captured.graph)
         inputs = placeholders(captured.graph)
         changed = {
             node.args[0]
             for node in captured.graph.find_nodes(op="call_function", target=set_requires_grad)
         }
+        switches = captured.graph.find_nodes(op="call_function", target=set_requires_grad)
+        self.switched = any(not node.args[1] for node in switches)
         self.promoted = tuple(i for i, node in enumerate(inputs) if node in changed)
         self.promoted_nodes = {inputs[i] for i in self.promoted}
         self.raw: dict[Node, Any] = {}
@@ -125,6 +129,7 @@ class Marking(Interpreter):
             raise CaptureError(
                 "an in-place write under no_grad to a tensor that requires grad", where(n)
             )
+        self.memory.check_write(n)
         try:
             out = super().run_node(n)
         except (CaptureError, NeedsBatchedPoint):
@@ -133,11 +138,18 @@ class Marking(Interpreter):
             if any(read.target is number_of for read in n.all_input_nodes):
                 raise NeedsNumber("a Python number is needed", where(n)) from error
             raise CaptureError(f"{n.target}: {str(error).splitlines()[0]}", where(n)) from error
-        if n.op in ("placeholder", "output", "get_attr"):
+        if n.op == "output":
             return out
-        if self.grad_enabled and not (self.depth == 0 and _is_cut(n)):
-            return out
-        return pytree.tree_map_only(Tensor, _stopped, out)
+        stops = n.op not in ("placeholder", "get_attr") and self._stops(n)
+        self.memory.add(n, copied=stops or n.target in _COPIES)
+        return pytree.tree_map_only(Tensor, _stopped, out) if stops else out
+
+    def _stops(self, node: Node) -> bool:
+        """Whether a gradient that comes into a node does not leave it."""
+        if self.grad_enabled:
+            return self.depth == 0 and _is_cut(node)
+        # A stop is a copy: where nothing comes in, the memory is better shared as it is as written.
+        return self.switched or any(requires_grad(example_of(n)) for n in node.all_input_nodes)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         handler = self.handlers.get(target)
@@ -192,6 +204,9 @@ class Marking(Interpreter):
             self.env[source] = self.raw[source]
         else:
             self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
+            self.memory.add(source, copied=True)
+        self.memory.add(node, copied=True)
+        self.memory.owner[node] = self.memory.owner[source]
         return self.env[source]
 
     def _set_grad_enabled(self, enabled: bool) -> None:
@@ -266,6 +281,9 @@ class Marking(Interpreter):
         self.depth -= 1
 
     def _enter_jvp(self) -> None:
+        if not self.grad_enabled:
+            # Forward mode does not stop at no_grad, reverse mode does.
+            raise CaptureError("forward mode under no_grad", where(self.node_running))
         self.depth += 1
         self.duals.append([])
 
@@ -375,6 +393,10 @@ class Marking(Interpreter):
             return (None,) * len(inputs)
         marked = gradient_mark(outputs, [inputs[i] for i in reached], seeds, seed_dims)
         found = dict(zip(reached, marked, strict=True))
+        for i in reached:
+            if examples[i].dim() != found[i].dim():
+                # `materialize_grads` makes one zero, also where the seeds are a batch.
+                found[i] = torch.zeros_like(inputs[i])
         return tuple(found.get(i) for i in range(len(inputs)))
 
 
@@ -406,20 +428,9 @@ def _is_cut(node: Node) -> bool:
     return any(getattr(example_of(read), "requires_grad", False) for read in node.all_input_nodes)
 
 
-_IN_PLACE = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
-    operator.ipow, operator.imatmul,
-}  # fmt: skip
+# What returns a copy here, and as written the tensor itself or a part of it.
+_COPIES = {_AUTOGRAD._get_data_attr}
 
 
 def _writes_to_differentiable(node: Node) -> bool:
-    name = str(node.target)
-    in_place = node.target in _IN_PLACE or (
-        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    )
-    written = [node.args[0]] if in_place and node.args else []
-    if "out" in node.kwargs:
-        written.append(node.kwargs["out"])
-    return any(
-        isinstance(w, Node) and getattr(example_of(w), "requires_grad", False) for w in written
-    )
+    return any(getattr(example_of(w), "requires_grad", False) for w in written_by(node))

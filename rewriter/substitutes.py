@@ -58,11 +58,12 @@ def vjp(
     strict: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return ``func(inputs)`` and ``⟨v, ∂func/∂inputs⟩``."""
-    points = _points(inputs, create_graph)
-    outputs = func(*points)
-    seeds = None if v is None else _as_tuple(v)
-    grads = _grads(_as_tuple(outputs), points, seeds, create_graph, strict)
-    return _kept(outputs, create_graph), _like(grads, inputs)
+    with torch.enable_grad():
+        points = _points(inputs, create_graph)
+        outputs = func(*points)
+        seeds = None if v is None else _as_tuple(v)
+        grads = _grads(_as_tuple(outputs), points, seeds, create_graph, strict)
+        return _kept(outputs, create_graph), _like(grads, inputs)
 
 
 def jvp(
@@ -70,11 +71,12 @@ def jvp(
     strict: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return ``func(inputs)`` and ``∂func/∂inputs · v``."""
-    primals = _as_tuple(inputs)
-    directions = tuple(torch.ones_like(x) for x in primals) if v is None else _as_tuple(v)
-    both: Any = torch.func.jvp(func, primals, directions)
-    outputs, moved = both
-    return _kept(outputs, create_graph), _kept(moved, create_graph)
+    with torch.enable_grad():
+        primals = _as_tuple(inputs)
+        directions = tuple(torch.ones_like(x) for x in primals) if v is None else _as_tuple(v)
+        both: Any = torch.func.jvp(func, primals, directions)
+        outputs, moved = both
+        return _kept(outputs, create_graph), _kept(moved, create_graph)
 
 
 def jacobian(
@@ -82,24 +84,33 @@ def jacobian(
     vectorize: bool = False, strategy: str = "reverse-mode",
 ) -> Any:  # fmt: skip
     """Return ``∂func/∂inputs``, shape ``(*output.shape, *input.shape)`` per output and input."""
-    points = _points(inputs, create_graph)
-    outputs = func(*points)
-    rows = []
-    for u in _as_tuple(outputs):
-        n = u.numel()
-        seeds = torch.eye(n, dtype=u.dtype, device=u.device).reshape(n, *u.shape)
-        grads = torch.autograd.grad(
-            u,
-            points,
-            seeds,
-            create_graph=create_graph,
-            retain_graph=True,
-            is_grads_batched=True,
-            materialize_grads=not strict,
-        )
-        pairs = zip(grads, points, strict=True)
-        rows.append(_like(tuple(g.reshape(*u.shape, *x.shape) for g, x in pairs), inputs))
-    return rows[0] if isinstance(outputs, Tensor) else tuple(rows)
+    with torch.enable_grad():
+        points = _points(inputs, create_graph)
+        outputs = func(*points)
+        rows = []
+        for u in _as_tuple(outputs):
+            n = u.numel()
+            seeds = torch.eye(n, dtype=u.dtype, device=u.device).reshape(n, *u.shape)
+            grads = torch.autograd.grad(
+                u,
+                points,
+                seeds,
+                create_graph=create_graph,
+                retain_graph=True,
+                is_grads_batched=True,
+                materialize_grads=not strict,
+            )
+            pairs = zip(grads, points, strict=True)
+            rows.append(_like(tuple(_block(g, u, x) for g, x in pairs), inputs))
+        return rows[0] if isinstance(outputs, Tensor) else tuple(rows)
+
+
+def _block(g: Tensor, u: Tensor, x: Tensor) -> Tensor:
+    """Return ``∂u/∂x`` from its rows; where ``u`` does not depend on ``x`` there is one zero for
+    all of them."""
+    if g.dim() == x.dim():
+        g = g.expand(u.numel(), *x.shape)
+    return g.reshape(*u.shape, *x.shape)
 
 
 def _gradient_of(func: Callable[..., Any], strict: bool) -> Callable[..., tuple[Tensor, ...]]:
@@ -123,12 +134,13 @@ def hvp(
     strict: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return ``func(inputs)`` and its Hessian times ``v``."""
-    points = _points(inputs, create_graph)
-    output = func(*points)
-    first = _grads(output, points, None, True, strict)
-    directions = tuple(torch.ones_like(x) for x in points) if v is None else _as_tuple(v)
-    second = _grads(first, points, directions, create_graph, strict)
-    return _kept(output, create_graph), _like(second, inputs)
+    with torch.enable_grad():
+        points = _points(inputs, create_graph)
+        output = func(*points)
+        first = _grads(output, points, None, True, strict)
+        directions = tuple(torch.ones_like(x) for x in points) if v is None else _as_tuple(v)
+        second = _grads(first, points, directions, create_graph, strict)
+        return _kept(output, create_graph), _like(second, inputs)
 
 
 def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

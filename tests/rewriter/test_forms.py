@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from rewriter import NestedGradientWarning, optimize_nested
 from tests.cases import mlp
-from tests.oracle import check
+from tests.oracle import assert_same, check, outcome
 
 FORMS: list[Callable[..., Tensor]] = []
 
@@ -229,6 +230,53 @@ def no_grad_inside(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @form
+def transforms_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
+    """A transform differentiates under an outer `no_grad`; what it gives is a constant."""
+    with torch.no_grad():
+        g = torch.func.grad(lambda z: net(z).square().sum())(x)
+        j = torch.func.jacrev(lambda z: net(z).sum(0))(x)
+    return (g * j[0] * x).sum() + net(x).mean()
+
+
+@form
+def written_by_parts_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
+    """A write to a view reaches what it is a view of."""
+    with torch.no_grad():
+        mask = torch.zeros_like(x)
+        mask[:, :1].fill_(1)
+        shifted = mask.add_(1)
+        shifted.mul_(2)
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    return (g * mask).square().sum()
+
+
+@form
+def at_a_feature_computed_again(net: nn.Module, x: Tensor) -> Tensor:
+    """To the derivative at ``h`` the other value of the same expression is a constant."""
+    h, again = net[0](x), net[0](x)
+    gh = grad((net[1:](h) * net[1:](again)).sum(), h, create_graph=True)[0]
+    return gh.square().sum()
+
+
+@form
+def unused_rows_are_one_zero(net: nn.Module, x: Tensor) -> Tensor:
+    """`materialize_grads` makes one zero for a batch of seeds."""
+    p, q = x.detach().requires_grad_(), x.detach().requires_grad_()
+    u, seeds = net(p).sum(0), torch.ones(3, 1, dtype=x.dtype)
+    a, b = grad(u, (p, q), seeds, is_grads_batched=True, create_graph=True, materialize_grads=True)
+    return a.square().sum() + b.exp().sum()
+
+
+@form
+def zero_at_a_point(net: nn.Module, x: Tensor) -> Tensor:
+    """Of symbolic size, where the batch is."""
+    p = x.detach().requires_grad_()
+    (g,) = grad(net(x).sum(), p, create_graph=True, materialize_grads=True)
+    (k,) = grad(net(p).sum(), p, create_graph=True)
+    return (g + torch.func.grad(lambda z: net(x).sum())(p)).exp().sum() + k.square().sum()
+
+
+@form
 def detached_factor(net: nn.Module, x: Tensor) -> Tensor:
     g = grad(net(x).sum(), x, create_graph=True)[0]
     return (g * g.detach()).sum() + (g.data * x).sum()
@@ -363,6 +411,7 @@ def test_form_with_a_dynamic_batch(loss: Callable[..., Tensor]) -> None:
         "grad_outputs",
         "row_by_row",
         "batched_seeds",
+        "unused_rows_are_one_zero",
         "in_place_in_the_loss",
         "interpolates",
     ):
@@ -436,6 +485,12 @@ def func_grad_of_jvp(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @forward
+def func_jvp_of_a_constant(net: nn.Module, x: Tensor) -> Tensor:
+    u, moved = torch.func.jvp(lambda z: (net(x), z * net(z)), (x,), (x.cos(),))[1]
+    return u.exp().sum() + moved.square().sum()
+
+
+@forward
 def func_jacfwd(net: nn.Module, x: Tensor) -> Tensor:
     return torch.func.jacfwd(lambda z: net(z).squeeze())(x).square().sum()
 
@@ -470,6 +525,14 @@ def vmap_over_directions(net: nn.Module, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda v: torch.func.jvp(net, (x,), (v,))[1])(directions).square().sum()
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Mish, nn.GELU])
+def test_forward_mode_through(activation: Callable[[], nn.Module]) -> None:
+    """Operators whose backward operator PyTorch does not differentiate."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    check(func_jvp, [mlp(activation, 3, 6, 2)], x)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("loss", FORWARD, ids=lambda f: f.__name__)
 def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
@@ -479,6 +542,55 @@ def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None
     report = check(loss, [net], x, dynamic=dynamic).explain(net, x)
     assert report.sites, "no derivative was found"
     assert report.flops <= report.flops_as_written
+
+
+# refused: what a stop would part
+
+
+def write_to_a_detached_view(net: nn.Module, x: Tensor) -> Tensor:
+    u = 2 * net(x)
+    u.detach().mul_(3)
+    return grad(u.sum(), x, create_graph=True)[0].square().sum() + u.sum()
+
+
+def write_to_data(net: nn.Module, x: Tensor) -> Tensor:
+    u = 2 * net(x)
+    u.data.mul_(3)
+    return grad(u.sum(), x, create_graph=True)[0].square().sum() + u.sum()
+
+
+def write_to_the_source_of_a_leaf(net: nn.Module, x: Tensor) -> Tensor:
+    v = net(x).detach() * x.detach()
+    p = v.detach().requires_grad_()
+    v.mul_(3)
+    return grad(net(p).sum(), p, create_graph=True)[0].square().sum()
+
+
+def forward_mode_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        moved = torch.func.jvp(net, (x,), (x.cos(),))[1]
+    return (net(x) * moved).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (write_to_a_detached_view, "shares memory"),
+        (write_to_data, "shares memory"),
+        (write_to_the_source_of_a_leaf, "shares memory"),
+        (forward_mode_under_no_grad, "forward mode under no_grad"),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_refused_and_right(loss: Callable[..., Tensor], reason: str) -> None:
+    """Runs as written, and says why."""
+    net = mlp(nn.Tanh, 3, 6, 2)
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    expected = outcome(loss, [net], (x,), {})
+    with pytest.warns(NestedGradientWarning, match=reason):
+        mine = outcome(optimize_nested(loss, backend="eager"), [net], (x,), {})
+    assert_same(mine, expected)
 
 
 # torch.autograd.functional
@@ -543,6 +655,22 @@ def functional_hvp(net: nn.Module, x: Tensor) -> Tensor:
 def functional_vhp(net: nn.Module, x: Tensor) -> Tensor:
     value, product = functional.vhp(scalar(net), x, x.cos(), create_graph=True)
     return product.square().sum() * value
+
+
+@functional_form
+def functional_hessian_that_is_zero(net: nn.Module, x: Tensor) -> Tensor:
+    linear = lambda z: (net(x) * z).sum()  # noqa: E731
+    (g,) = grad(net(x).sum(), x, create_graph=True)
+    return functional.hessian(linear, x, create_graph=True).exp().sum() + g.square().sum()
+
+
+@functional_form
+def functional_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
+    """`create_graph` keeps the graph under `no_grad` too."""
+    with torch.no_grad():
+        kept = functional.vjp(net, x, net(x).cos(), create_graph=True)[1]
+        constant = functional.jacobian(lambda z: net(z).sum(0), x)
+    return (kept * constant[0]).square().sum()
 
 
 @pytest.mark.parametrize("loss", FUNCTIONAL, ids=lambda f: f.__name__)
