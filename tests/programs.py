@@ -235,7 +235,8 @@ ACTIVATIONS = (
     "nn.Tanh()", "nn.ReLU()", "nn.SiLU()", "nn.GELU()", "nn.Softplus()", "nn.LeakyReLU(0.2)",
     "nn.ELU()", "nn.CELU(1.5)", "nn.Hardtanh(-0.5, 0.5)", "nn.Sigmoid()", "nn.Mish()",
     "nn.GELU(approximate='tanh')", "nn.SELU()", "nn.Softsign()", "nn.Hardswish()", "nn.ReLU6()",
-    "nn.Softshrink(0.1)", "nn.PReLU()", "nn.LogSigmoid()", "nn.Tanhshrink()", "nn.Threshold(0.1, 0.3)",
+    "nn.Softshrink(0.1)", "nn.PReLU()", "nn.LogSigmoid()", "nn.Tanhshrink()",
+    "nn.Threshold(0.1, 0.3)",
 )  # fmt: skip
 LAYERS = (
     "nn.Linear(4, 4)",
@@ -259,7 +260,8 @@ LAYERS = (
     "nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2, 1, 1), nn.Flatten(), "
     "nn.Linear(9, 4))",
     "nn.Sequential(nn.Unflatten(1, (1, 4)), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(2, 4))",
-    "nn.Sequential(nn.Unflatten(1, (1, 4)), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(2, 4))",
+    "nn.Sequential(nn.Unflatten(1, (1, 4)), nn.AdaptiveAvgPool1d(2), nn.Flatten(), "
+    "nn.Linear(2, 4))",
     "Attention()",
     "Embedded()",
     "Map(lambda h: h.abs())",
@@ -326,17 +328,20 @@ UNARY = (
     "{a}.sin()", "{a}.tanh()", "{a}.square()", "torch.relu({a})", "{a}.abs()", "{a}.flip(1)",
     "{a}.softmax(1)", "{a}.clamp(-0.5, 0.5)", "{a}.cumsum(1)", "2 * {a}", "{a}.roll(1, 0)",
     "{a} * {a}.amax(1, keepdim=True)", "{a} / (1 + {a}.norm(dim=1, keepdim=True))",
-    "{a}.sum(1, keepdim=True).expand(-1, 4)", "{a} - {a}.mean(0)", "{a}[:, 0:1] * {a}[:, [3, 1, 1, 0]]",
+    "{a}.sum(1, keepdim=True).expand(-1, 4)", "{a} - {a}.mean(0)",
+    "{a}[:, 0:1] * {a}[:, [3, 1, 1, 0]]",
     "({a}.square() + 0.5).sqrt()", "-{a}", "torch.zeros_like({a}) + {a}[:, 1:2]",
 )  # fmt: skip
 BINARY = (
-    "{a} * {b}", "{a} + {b}", "{a} - 0.5 * {b}", "{a}[:, 0:1] * {b}", "torch.where({a} > 0, {a}, {b})",
+    "{a} * {b}", "{a} + {b}", "{a} - 0.5 * {b}", "{a}[:, 0:1] * {b}",
+    "torch.where({a} > 0, {a}, {b})",
     "torch.maximum({a}, {b})", "torch.cat([{a}[:, :2], {b}[:, 2:]], 1)", "{a} * {b}.detach()",
     "({a} * {b}).sum(1, keepdim=True) * {a}", "{a} @ {b}.mT @ {b} / 4", "{a} / (1 + {b}.square())",
     "torch.stack([{a}, {b}]).sum(0)",
 )  # fmt: skip
 SCALAR = (
-    "{a}.sum()", "{a}.square().sum()", "{a}.square().mean()", "({a} * {b}).sum()", "{a}[:, 0].sum()",
+    "{a}.sum()", "{a}.square().sum()", "{a}.square().mean()", "({a} * {b}).sum()",
+    "{a}[:, 0].sum()",
     "({a}.norm(dim=1) - 1).square().sum()", "torch.einsum('bi,bi->', {a}, {b})", "{a}.sin().sum()",
     "{a}[:, 1:3].square().sum()", "{a}.norm()", "(1 + {a}.square().sum(1)).sqrt().mean()",
     "{a}.pow(3).sum()", "nn.functional.mse_loss({a}, {b})", "({a} * {a}.detach()).sum()",
@@ -349,7 +354,8 @@ ROWS = (
 # of {H}, shape (batch, 4, 4)
 BLOCKS = (
     "{H}.diagonal(dim1=1, dim2=2)", "({H} @ {d}[..., None])[..., 0]", "{H}.sum(1)",
-    "torch.einsum('bij,bj->bi', {H}, {d})", "{H}[:, 0]", "{d} * torch.einsum('bii->b', {H})[:, None]",
+    "torch.einsum('bij,bj->bi', {H}, {d})", "{H}[:, 0]",
+    "{d} * torch.einsum('bii->b', {H})[:, None]",
 )  # fmt: skip
 
 
