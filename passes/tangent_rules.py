@@ -361,6 +361,8 @@ class NotDifferentiable:
 
 def _pytorch_rule(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
     """Apply PyTorch's own forward-mode rule for one operator."""
+    if torch._C._functorch.peek_interpreter_stack() is not None and isinstance(out, Tensor):
+        return _pytorch_rule_inside_transform(target, args, kwargs, along)
     try:
         with forward_ad.dual_level():
             dual = pytree.tree_map(
@@ -388,3 +390,26 @@ def _pytorch_rule(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple
         NotDifferentiable(target) if t is None and _can_move(value) else t
         for value, t in zip(out, tangents, strict=True)
     )
+
+
+def _pytorch_rule_inside_transform(target: Any, args: tuple, kwargs: dict, along: tuple) -> Tensor:
+    """Apply PyTorch's rule where directions are batched: dual tensors cannot be, a transform can."""
+    flat, spec = pytree.tree_flatten(list(args))
+    directions, _ = pytree.tree_flatten(
+        [_like_structure(a, t) for a, t in zip(args, along, strict=True)],
+        is_leaf=lambda x: x is None,
+    )
+    assert len(flat) == len(directions), f"{target}: tangents do not fit its arguments"
+    moving = {i: v for i, v in enumerate(directions) if v is not None}
+
+    def apply(*primals: Tensor) -> Tensor:
+        given = dict(zip(moving, primals, strict=True))
+        values = [given.get(i, value) for i, value in enumerate(flat)]
+        return target(*pytree.tree_unflatten(values, spec), **kwargs)
+
+    primals = tuple(flat[i] for i in moving)
+    tangents = tuple(v.expand_as(x) for v, x in zip(moving.values(), primals, strict=True))
+    try:
+        return torch.func.jvp(apply, primals, tangents, strict=True)[1]
+    except (RuntimeError, NotImplementedError) as error:
+        raise NoRule(target, str(error).splitlines()[0]) from error

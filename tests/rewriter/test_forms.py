@@ -533,6 +533,14 @@ def test_forward_mode_through(activation: Callable[[], nn.Module]) -> None:
     check(func_jvp, [mlp(activation, 3, 6, 2)], x)
 
 
+@pytest.mark.parametrize("activation", [nn.CELU, nn.PReLU, lambda: nn.Threshold(0.1, 0.3)])
+def test_directions_in_a_batch(activation: Callable[[], nn.Module]) -> None:
+    """Operators for which PyTorch's own rule is taken."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    check(func_jacfwd, [mlp(activation, 3, 6, 2)], x)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("loss", FORWARD, ids=lambda f: f.__name__)
 def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
