@@ -11,9 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from passes import derivative, graph, nest, share, tangent_rules
+from passes import (
+    decompositions,
+    derivative,
+    graph,
+    joint,
+    linearize,
+    markers,
+    nest,
+    share,
+    tangent_rules,
+    tangent_tables,
+)
 from passes.simplify import aliases, common, masks, zeros
 from passes.strategies import jvp_over_gradient
+from rewriter import step
 from tests.oracle import check
 from tests.passes.flat import random_points
 
@@ -61,6 +73,63 @@ def dropped_out(net: nn.Module, x: Tensor) -> Tensor:
     return g.square().sum()
 
 
+def feature_computed_again(net: nn.Module, x: Tensor) -> Tensor:
+    """Equal to the point, and a constant to the derivative at it."""
+    h, again = net[0](x), net[0](x)
+    (k,) = torch.autograd.grad((net[1:](h) * net[1:](again)).sum(), h, create_graph=True)
+    return k.square().sum()
+
+
+def two_leaves(net: nn.Module, x: Tensor) -> Tensor:
+    p, q = (x.detach().requires_grad_() for _ in "ab")
+    (g,) = torch.autograd.grad((net(p) * net(q)).sum(), p, create_graph=True)
+    return g.square().sum()
+
+
+def gradients_one_by_one(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().requires_grad_()
+    h = net[0](p)
+    u = (net[1:](h) * h[:, :2]).sum()
+    g, k = (torch.autograd.grad(u, at, create_graph=True)[0] for at in (p, h))
+    return g.square().sum() + k.sin().sum()
+
+
+def many_operators(net: nn.Module, x: Tensor) -> Tensor:
+    """One of each family of tangents."""
+    p = x.detach().requires_grad_()
+    a, b = net(p).split(1, dim=1)
+    u = a.sin() / (1 + b.square()) + (a * b).softmax(0) + torch.where(a > 0, a.cos() * a, b * a)
+    u = u + torch.atan2(a, 2 + b * b) + (a - b).amax(1, keepdim=True).exp() + a.sign() * b.pow(3)
+    u = u + (b - a).tanh()
+    (g,) = torch.autograd.grad(u.square().sum(), p, create_graph=True)
+    return g.square().sum()
+
+
+def along(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(net, (x,), (x.cos(),))[1].square().sum()
+
+
+def seeded(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(p), p, net(x).cos(), create_graph=True)
+    return g.square().sum()
+
+
+def hidden_master(net: nn.Module, x: Tensor) -> Tensor:
+    """A second derivative starts inside of what the first differentiates."""
+    p = x.detach().requires_grad_()
+    h = net[0](p)
+    u = net[1:](h)
+    (g,) = torch.autograd.grad(u.square().sum(), p, create_graph=True)
+    (k,) = torch.autograd.grad((u * h[:, :2]).sum(), h, create_graph=True)
+    return g.square().sum() + k.sin().sum()
+
+
+def normalized() -> nn.Module:
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+    return nn.Sequential(*layers).double()
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
@@ -77,10 +146,11 @@ class Subject:
     loss: Loss
     net: Callable[[], nn.Module] = mlp
     shape: tuple[int, ...] = (4, 3)
+    strategy: str = "jvp_over_gradient"
 
     def check(self) -> None:
         torch.manual_seed(12)
-        check(self.loss, [self.net()], random_points(*self.shape), strategy="jvp_over_gradient")
+        check(self.loss, [self.net()], random_points(*self.shape), strategy=self.strategy)
 
 
 SUBJECTS = {
@@ -90,6 +160,14 @@ SUBJECTS = {
     "factors": Subject(constant_factors),
     "chain": Subject(points_in_a_chain),
     "dropout": Subject(dropped_out),
+    "again": Subject(feature_computed_again),
+    "two leaves": Subject(two_leaves),
+    "one by one": Subject(gradients_one_by_one),
+    "operators": Subject(many_operators),
+    "along": Subject(along, strategy="auto"),
+    "seeded": Subject(seeded, strategy="reverse"),
+    "master": Subject(hidden_master),
+    "norm": Subject(penalty, normalized),
 }
 
 
@@ -193,6 +271,137 @@ def hidden_values_carry_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jvp_over_gradient, "is_float_value", lambda node, index: False)
 
 
+def points_are_expressions(patch: pytest.MonkeyPatch) -> None:
+    """What a derivative is taken at is merged with an equal constant."""
+    patch.setattr(share, "_merge_expressions", common.merge_common)
+
+
+def every_leaf_is_one(patch: pytest.MonkeyPatch) -> None:
+    """Two leaves of one tensor are one variable, whoever tells them apart."""
+    patch.setattr(share, "_seen_by", lambda graph: {})
+    patch.setattr(share, "_merge_values", lambda graph, active: 0)
+
+
+def gradients_merge_in_a_chain(patch: pytest.MonkeyPatch) -> None:
+    """One pass back for a point and for what is computed from it, as if they were independent."""
+    right = share._merge_gradients
+
+    def wrong(graph: torch.fx.Graph) -> int:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(share, "reaches", set)
+            return right(graph)
+
+    patch.setattr(share, "_merge_gradients", wrong)
+    patch.setattr(nest, "_split_dependent_points", lambda graph: None)
+
+
+def parts_do_not_move(patch: pytest.MonkeyPatch) -> None:
+    """The tangents of an operator with several results are forgotten."""
+    patch.setattr(linearize, "_is_moving", lambda tangent: isinstance(tangent, Tensor))
+
+
+def linear_operator_is_constant(patch: pytest.MonkeyPatch) -> None:
+    constant = {*tangent_tables.ZERO, aten.permute.default, aten.t.default}
+    patch.setattr(tangent_rules, "ZERO", constant)
+
+
+def elementwise_of_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(tangent_tables.ELEMENTWISE, aten.cos.default, lambda y, x: x.sin())
+
+
+def quotient_without_its_denominator(patch: pytest.MonkeyPatch) -> None:
+    right = tangent_rules.RULES[aten.div.Tensor]
+
+    def wrong(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+        return right(target, out, args, kwargs, (along[0], None))
+
+    patch.setitem(tangent_rules.RULES, aten.div.Tensor, wrong)
+
+
+def choice_of_the_wrong_branch(patch: pytest.MonkeyPatch) -> None:
+    right = tangent_rules.RULES[aten.where.self]
+
+    def wrong(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+        return right(target, out, args, kwargs, (along[0], along[2], along[1]))
+
+    patch.setitem(tangent_rules.RULES, aten.where.self, wrong)
+
+
+def affine_map_without_its_factor(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(
+        tangent_rules.RULES,
+        aten.addmm.default,
+        lambda target, out, args, kwargs, along: aten.mm(along[1], 0 * args[2]),
+    )
+
+
+def rule_of_pytorch_doubled(patch: pytest.MonkeyPatch) -> None:
+    right = tangent_rules._pytorch_rule
+    patch.setattr(tangent_rules, "_pytorch_rule", lambda *read: 2 * right(*read))
+
+
+def backward_operator_taken_apart_wrongly(patch: pytest.MonkeyPatch) -> None:
+    table = decompositions.decompositions()
+    patch.setitem(table, aten.tanh_backward.default, lambda grad, y: grad * (1 - y))
+
+
+def norm_taken_apart_wrongly(patch: pytest.MonkeyPatch) -> None:
+    """The variance is a constant to the derivative."""
+    table = decompositions.before_autograd()
+    target = aten._native_batch_norm_legit_functional.default
+    right = table[target]
+
+    def wrong(x: Tensor, *options: Any) -> Any:
+        normal, *rest = right(x, *options)
+        return (normal - x + markers.stop(x), *rest)
+
+    patch.setitem(table, target, wrong)
+
+
+def sum_and_difference_commute(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(common, "COMMUTATIVE", {*common.COMMUTATIVE, aten.sub.Tensor})
+
+
+def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    right = joint._finish
+
+    def wrong(module: torch.fx.GraphModule) -> None:
+        output = module.graph.output_node()
+        values, updates, grads = output.args[0]  # pyright: ignore
+        output.args = ((values, updates, [*grads[:-1], None]),)
+        right(module)
+
+    patch.setattr(joint, "_finish", wrong)
+
+
+def state_stays(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(step.Step, "update", lambda self, inputs, out: None)
+
+
+def every_derivative_is_its_own_master(patch: pytest.MonkeyPatch) -> None:
+    """The second derivative loses the way from its point."""
+    patch.setattr(nest, "_has_other_master", lambda graph, mark, inside: False)
+
+
+def seed_of_ones(patch: pytest.MonkeyPatch) -> None:
+    right = derivative._pullback
+
+    def wrong(outputs: Any, points: Any, seeds: Any, seed_dims: int) -> Any:
+        return right(outputs, points, [torch.ones_like(c) for c in seeds], seed_dims)
+
+    patch.setattr(derivative, "_pullback", wrong)
+
+
+def direction_of_ones(patch: pytest.MonkeyPatch) -> None:
+    right = derivative.push_forward
+
+    def wrong(body: Any, primals: Any, tangents: Any) -> Any:
+        ones = [None if v is None else torch.ones_like(v) for v in tangents]
+        return right(body, primals, ones)
+
+    patch.setattr(derivative, "push_forward", wrong)
+
+
 PLANTED: dict[Plant, str] = {
     tanh_of_the_wrong_sign: "penalty",
     product_without_its_second_term: "penalty",
@@ -209,6 +418,24 @@ PLANTED: dict[Plant, str] = {
     total_derivatives_in_one_call: "chain",
     draws_are_equal: "dropout",
     hidden_values_carry_nothing: "values",
+    points_are_expressions: "again",
+    every_leaf_is_one: "two leaves",
+    gradients_merge_in_a_chain: "one by one",
+    parts_do_not_move: "operators",
+    linear_operator_is_constant: "penalty",
+    elementwise_of_the_wrong_sign: "operators",
+    quotient_without_its_denominator: "operators",
+    choice_of_the_wrong_branch: "operators",
+    affine_map_without_its_factor: "penalty",
+    rule_of_pytorch_doubled: "operators",
+    backward_operator_taken_apart_wrongly: "penalty",
+    norm_taken_apart_wrongly: "norm",
+    sum_and_difference_commute: "operators",
+    last_gradient_is_forgotten: "penalty",
+    state_stays: "norm",
+    every_derivative_is_its_own_master: "master",
+    seed_of_ones: "seeded",
+    direction_of_ones: "along",
 }
 
 
@@ -221,5 +448,5 @@ def test_right_without_a_bug(name: str) -> None:
 def test_bug_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the comparison of numbers, not by a crash."""
     plant(monkeypatch)
-    with pytest.raises(AssertionError, match=r"gradient of|tensor\(|the generator"):
+    with pytest.raises(AssertionError, match=r"gradient of|buffer|tensor\(|the generator"):
         SUBJECTS[PLANTED[plant]].check()
