@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,7 +163,7 @@ def _is_expensive(node: Node) -> bool:
     """Whether a node's value is kept rather than computed again."""
     if node.op != "call_function" or not isinstance(value_of(node), Tensor):
         return False
-    source = node.args[0] if node.target.__name__ == "getitem" else node
+    source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, Node)
     if source.op != "call_function":
         return False

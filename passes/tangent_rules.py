@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, ZERO
 
 aten = torch.ops.aten
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class NoRule(Exception):
@@ -361,7 +362,7 @@ class NotDifferentiable:
 
 def _pytorch_rule(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
     """Apply PyTorch's own forward-mode rule for one operator."""
-    if torch._C._functorch.peek_interpreter_stack() is not None and isinstance(out, Tensor):
+    if _functorch.peek_interpreter_stack() is not None and isinstance(out, Tensor):
         return _pytorch_rule_inside_transform(target, args, kwargs, along)
     try:
         with forward_ad.dual_level():
@@ -393,7 +394,7 @@ def _pytorch_rule(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple
 
 
 def _pytorch_rule_inside_transform(target: Any, args: tuple, kwargs: dict, along: tuple) -> Tensor:
-    """Apply PyTorch's rule where directions are batched: dual tensors cannot be, a transform can."""
+    """Apply PyTorch's rule where directions are a batch, which dual tensors cannot hold."""
     flat, spec = pytree.tree_flatten(list(args))
     directions, _ = pytree.tree_flatten(
         [_like_structure(a, t) for a, t in zip(args, along, strict=True)],

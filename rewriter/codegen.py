@@ -55,8 +55,8 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
             if strict:
                 raise
             warnings.warn(
-                f"optimize_nested: Inductor fails on the rewritten loss, which therefore runs op by "
-                f"op: {str(error).strip().splitlines()[0]}",
+                f"optimize_nested: Inductor fails on the rewritten loss, so it runs op by op: "
+                f"{str(error).strip().splitlines()[0]}",
                 NestedGradientWarning,
                 stacklevel=2,
             )

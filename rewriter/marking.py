@@ -170,7 +170,15 @@ class Marking(Interpreter):
     def _inlined(self, body: GraphModule, inputs: list[Any]) -> Any:
         """Interpret a graph that the captured graph calls, with all that is open around it."""
         inner = Marking(body, expand_points=self.expand_points)
-        for shared in ("depth", "grad_enabled", "vmaps", "level_at", "duals", "functions"):
+        for shared in (
+            "depth",
+            "grad_enabled",
+            "switched",
+            "vmaps",
+            "level_at",
+            "duals",
+            "functions",
+        ):
             setattr(inner, shared, getattr(self, shared))
         return inner.run(*inputs, enable_io_processing=False)
 

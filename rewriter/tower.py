@@ -15,6 +15,7 @@ from passes.simplify.zeros import zero_nodes
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.options import Options
 
+
 class CompiledLevel:
     """A level of a tower and the code for it, made when it is first needed."""
 
@@ -141,9 +142,7 @@ def _asked_for(ctx: Any) -> tuple[int, ...]:
     `torch.autograd.grad` names its inputs."""
     ahead = dict(zip(ctx.tensors, ctx.next_functions, strict=True))
     return tuple(
-        i
-        for i in ctx.compiled.level.wanted
-        if ctx.needs_input_grad[i + 1] and _is_run(ahead[i][0])
+        i for i in ctx.compiled.level.wanted if ctx.needs_input_grad[i + 1] and _is_run(ahead[i][0])
     )
 
 
