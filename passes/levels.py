@@ -98,6 +98,9 @@ class Level:
         """Positions, among outputs and residuals, of those that carry a derivative."""
         return self._saved[2]
 
+    def _moves(self, residual: int) -> bool:
+        return self.n_outputs + residual in self.active
+
     def primal(self) -> GraphModule:
         """Return ``inputs → (*outputs, *updates, *residuals)``, ready to be compiled."""
         module = copy_graph(self.graph)
@@ -128,7 +131,8 @@ class Level:
         taken = placeholders(module.graph)
         n_kept = len(self.kept)
         residuals = range(n_kept, n_kept + len(self.residuals))
-        wanted = tuple(i for i, node in enumerate(taken) if is_float(node))
+        constant = {n_kept + i for i in range(len(self.residuals)) if not self._moves(i)}
+        wanted = tuple(i for i, n in enumerate(taken) if is_float(n) and i not in constant)
         return Level(module, len(needed), wanted, residuals)
 
 

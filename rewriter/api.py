@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewriter.capture import (
-    DYNAMO_ERRORS,
-    Trace,
-    as_capture_error,
-    capturing,
-    compile_function,
-    forget,
-    is_dynamos_own,
-    is_transformed,
-    refuse_no_grad_in_transforms,
-)
-from rewriter.errors import CaptureError, NeedsNumber, NeedsPullbacks, NestedGradientWarning
-from rewriter.naming import named_tensors
-from rewriter.options import Options, is_disabled, make_options
+from rewriter.errors import CaptureError
+from rewriter.layer import Layers, optimize_class, optimize_module
+from rewriter.naming import modules_in, named_tensors
+from rewriter.options import Options, make_options
 from rewriter.report import Report, make_report
 from rewriter.rewrite import rewrite
-from rewriter.snapshot import restored_on_error
-from rewriter.step import Explained, Step, explaining, value_only
+from rewriter.specialising import Specialising, gradients_on
+from rewriter.step import Explained, Step, explaining
 
 
-class OptimizedLoss:
+M = TypeVar("M", bound=nn.Module)
+
+
+class OptimizedLoss(Specialising):
     """A loss whose nested derivatives are rewritten; called exactly like the function it wraps.
 
     Attributes:
@@ -43,96 +34,22 @@ class OptimizedLoss:
     """
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
-        functools.update_wrapper(self, function)
-        self._name: str = getattr(function, "__name__", type(function).__name__)
-        self.as_written = function
-        self.options = options
-        self.steps: list[Step] = []
-        self._specialize_floats = self._by_pullbacks = False
-        self._refused: dict[Any, CaptureError] = {}
-        self._compiled = compile_function(function, self._build, options.dynamic)
+        super().__init__(function, options)
+        self._layers = Layers(options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_on():
-            return self.as_written(*args, **kwargs)
-        if self._refused and _signature(args, kwargs) in self._refused:
-            return self.as_written(*args, **kwargs)
-        try:
-            with _gradients_on():
-                return self._captured_call(args, kwargs)
-        except CaptureError as refusal:
-            reason = refusal
-        return self._fall_back(reason, args, kwargs)
-
-    def _captured_call(self, args: Any, kwargs: Any) -> Any:
-        """Call the loss through Dynamo's guards.
-
-        Raises:
-            CaptureError: The loss cannot be captured; nothing of it has run.
-        """
-        if self.steps:
-            # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
-            try:
-                return self._compiled(*args, **kwargs)
-            except DYNAMO_ERRORS:
-                pass
-        while True:
-            try:
-                return self._capture(args, kwargs)
-            except NeedsNumber:
-                if self._specialize_floats:
-                    raise
-                self._specialize_floats = True
-            except NeedsPullbacks:
-                self._by_pullbacks = True
-
-    def _capture(self, args: Any, kwargs: Any) -> Any:
-        trace = Trace(self._by_pullbacks)
-        try:
-            with capturing(trace, specialize_floats=self._specialize_floats):
-                return self._compiled(*args, **kwargs)
-        except Exception as error:
-            refusal = as_capture_error(error, trace)
-            if refusal is None:
-                raise
-            forget(error)
-            if trace.has_forward_mode and is_dynamos_own(error, trace):
-                raise NeedsPullbacks(refusal.reason, refusal.where) from error
-            raise refusal from error
-
-    def _is_on(self) -> bool:
-        return self.options.enabled and not is_disabled() and not is_transformed()
-
-    def _build(self, captured: torch.fx.GraphModule, inputs: Any) -> Step:
-        """Be Dynamo's backend: rewrite and compile what it captured."""
-        if self._by_pullbacks:
-            refuse_no_grad_in_transforms(captured)
+    def _build(self, captured: torch.fx.GraphModule) -> Step:
         step = Step(rewrite(captured, self.options), self.options)
-        if not explaining.get():
-            step.prepare()
-        self.steps.append(step)
-        return step
+        return step if explaining.get() else step.prepare()
 
-    def _fall_back(self, refusal: CaptureError, args: Any, kwargs: Any) -> Any:
-        """Run the loss as written, and say once why."""
-        if self.options.strict:
-            raise refusal
-        try:
-            with restored_on_error(self.as_written, args, kwargs):
-                value = self.as_written(*args, **kwargs)
-        except Exception as error:
-            note: Any = getattr(error, "add_note", None)  # Python 3.11
-            if note is not None:
-                note(f"{self._name} ran as written because of: {refusal}")
-            raise
-        # An error of the user's own was raised above, as it is; what is left is ours to report.
-        self._refused[_signature(args, kwargs)] = refusal
-        warnings.warn(
-            f"{self._name} runs as written: {refusal.reason} (at {refusal.where})",
-            NestedGradientWarning,
-            stacklevel=4,
-        )
-        return value
+    def _run_uncaptured(self, args: Any, kwargs: Any) -> Any:
+        with self._layers.on(modules_in(self.as_written, args, kwargs)):
+            return self.as_written(*args, **kwargs)
+
+    @property
+    def _how(self) -> str:
+        """What is done with a call that is not captured, in words."""
+        captured = ", ".join(sorted({forward.name for forward in self._layers.captured}))
+        return f"is captured by layer ({captured})" if captured else "runs as written"
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else _BoundLoss(self, instance)
@@ -151,7 +68,7 @@ class OptimizedLoss:
         value = self(*args, **kwargs)
         # The loss may have called `requires_grad_()` on one of its arguments.
         tensors = {name: x for name, x in tensors.items() if x.requires_grad}
-        end = _scalar_of(value, self._name)
+        end = _scalar_of(value, self.name)
         if not end.requires_grad or not tensors:
             return value, {}
         grads = torch.autograd.grad(end, list(tensors.values()), allow_unused=True)
@@ -164,15 +81,19 @@ class OptimizedLoss:
         """
         token = explaining.set(True)
         try:
-            with _gradients_on():
+            with gradients_on():
                 self._captured_call(args, kwargs)
         except Explained as found:
             return make_report(found.rewritten)
         except CaptureError as refusal:
-            return Report(captured=False, reason=str(refusal))
+            return Report(captured=False, reason=str(refusal), layers=self._layer_reports())
         finally:
             explaining.reset(token)
         return Report(captured=False, reason="the loss computes no tensors")
+
+    def _layer_reports(self) -> tuple[str, ...]:
+        captured = [f"{f.name}: captured, {len(f.steps)}" for f in self._layers.captured]
+        return (*captured, *(f"{f.name}: as written, {f.refusals[0]}" for f in self._layers.refused))
 
     def __repr__(self) -> str:
         return f"<optimize_nested {self.as_written!r}, {len(self.steps)} specialisations>"
@@ -198,34 +119,6 @@ class _BoundLoss:
         return self._loss.explain(self.__self__, *args, **kwargs)
 
 
-@contextlib.contextmanager
-def _gradients_on() -> Iterator[None]:
-    """Let the loss's inner derivatives exist under `no_grad`, where only its value is computed."""
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        yield
-        return
-    token = value_only.set(True)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        value_only.reset(token)
-
-
-def _signature(args: Any, kwargs: Any) -> Any:
-    """Return what decides whether a refused loss is worth another try."""
-
-    def kind(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return tuple(item.shape), item.dtype, item.requires_grad
-        if isinstance(item, torch.nn.Module):
-            return id(item), item.training
-        return type(item)
-
-    leaves = pytree.tree_leaves((args, kwargs))
-    return tuple(kind(leaf) for leaf in leaves)
-
-
 def _scalar_of(value: Any, name: str) -> Tensor:
     leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
     ends = leaves if isinstance(value, Tensor) else [x for x in leaves if x.requires_grad]
@@ -238,6 +131,10 @@ def _scalar_of(value: Any, name: str) -> Tensor:
     return ends[0]
 
 
+@overload
+def optimize_nested(function: M, /, **options: Any) -> M: ...
+@overload
+def optimize_nested(function: type[M], /, **options: Any) -> type[M]: ...
 @overload
 def optimize_nested(function: Callable[..., Any], /, **options: Any) -> OptimizedLoss: ...
 @overload
@@ -278,12 +175,16 @@ def optimize_nested(function: Any = None, /, **options: Any) -> Any:
     return _decorate(function, chosen)
 
 
-def _decorate(function: Any, options: Options) -> OptimizedLoss:
+def _decorate(function: Any, options: Options) -> Any:
     if isinstance(function, OptimizedLoss):
         function = function.as_written
-    if not callable(function) or inspect.isclass(function) or isinstance(function, torch.nn.Module):
+    if isinstance(function, nn.Module):
+        return optimize_module(function, options)
+    if inspect.isclass(function) and issubclass(function, nn.Module):
+        return optimize_class(function, options)
+    if not callable(function) or inspect.isclass(function):
         raise TypeError(
-            f"optimize_nested: expected a loss function, got {type(function).__name__}; decorate a "
-            "function that calls the module"
+            "optimize_nested: expected a loss function, a module or a class of modules, got "
+            f"{type(function).__name__}"
         )
     return OptimizedLoss(function, options)

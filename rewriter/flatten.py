@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes import derivative
 from passes.graph import (
@@ -93,7 +93,10 @@ def _give_bodies(module: GraphModule, functions: Sequence[UserFunction]) -> None
         tensors, sizes, like, key = arguments(node)
         function = functions[key]
         for name, half in (("forward", function.forward), ("backward", function.backward)):
-            module.register_module(f"{name}_{node.name}", _body(half, where(node)))
+            body = _body(half, where(node))
+            if name == "forward":
+                _stop_intermediates(body, len(like))
+            module.register_module(f"{name}_{node.name}", body)
         given = {True: iter(sizes), False: iter(tensors)}
         inputs = [next(given[is_symbol]) for is_symbol in function.is_symbol]
         with module.graph.inserting_before(node):
@@ -102,6 +105,23 @@ def _give_bodies(module: GraphModule, functions: Sequence[UserFunction]) -> None
         node.args = (*halves, len(like), function.constant, *inputs)
     drop_dead(module.graph)
     finish(module)
+
+
+def _stop_intermediates(forward: GraphModule, n_outputs: int) -> None:
+    """Make constants of the saved values that are neither inputs nor outputs, as they are to a
+    second derivative of the function as written."""
+    found = results(forward.graph)
+    output = forward.graph.output_node()
+    saved = []
+    for value in found[n_outputs:]:
+        if isinstance(value, Node) and value.op == "call_function" and value not in found[:n_outputs]:
+            with forward.graph.inserting_before(output):
+                stopped = forward.graph.call_function(derivative.stop, (value,))
+            stopped.meta = dict(value.meta)
+            value = stopped
+        saved.append(value)
+    output.args = ((*found[:n_outputs], *saved),)
+    finish(forward)
 
 
 def _body(half: GraphModule, here: str) -> GraphModule:

@@ -51,7 +51,8 @@ class Report:
         flops_formula: ``flops`` in the symbolic sizes.
         bytes_moved: Bytes that the rewritten graph's operators read and write, each on its own.
         graph: The joint graph; runnable.
-        captured: Whether the loss was captured; if not, ``reason`` says why and the rest is empty.
+        captured: Whether the loss was captured; if not, ``reason`` says why, ``layers`` what became
+            of the modules it has called so far, and the rest is empty.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -64,10 +65,12 @@ class Report:
     graph: GraphModule | None = None
     captured: bool = True
     reason: str = ""
+    layers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.captured:
-            return f"runs as written: {self.reason}"
+            how = "captured by layer" if self.layers else "runs as written"
+            return "\n  ".join([f"{how}: {self.reason}", *self.layers])
         assert self.graph is not None
         inputs = ", ".join(describe(value_of(n)) for n in placeholders(self.graph.graph))
         lines = [f"{len(self.sites)} nested derivative(s), inputs {_shortened(inputs, 80)}"]

@@ -1,0 +1,143 @@
+"""Modules whose call is a compiled function with compiled derivatives of every order."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from passes.levels import Level
+from passes.nest import NotNested, nest
+from rewriter.as_written import measure
+from rewriter.capture import keep_numbers
+from rewriter.errors import CaptureError
+from rewriter.flatten import flatten
+from rewriter.options import Options
+from rewriter.specialising import Specialising
+from rewriter.step import value_only
+from rewriter.tower import CompiledLevel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class OptimizedForward(Specialising):
+    """The ``forward`` of a module, as a tower of compiled derivatives.
+
+    Attributes:
+        module: The user's module.
+        steps: One tower per specialisation built so far.
+    """
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module = module
+        super().__init__(functools.partial(type(module).forward, module), options)
+        functools.update_wrapper(self, type(module).forward)
+        self.name = type(module).__name__
+
+    def _build(self, captured: GraphModule) -> Callable[..., Any]:
+        return Tower(captured, self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["module"], state["options"])
+
+    def __repr__(self) -> str:
+        return f"<optimize_nested {self.name}.forward, {len(self.steps)} specialisations>"
+
+
+class Tower:
+    """One specialisation of a module's call.
+
+    Called with the captured graph's inputs, returns its outputs, which are differentiable to any
+    order; each derivative is a graph of its own, made and compiled when it is first asked for.
+    """
+
+    def __init__(self, captured: GraphModule, options: Options) -> None:
+        keep_numbers(captured)
+        flat = flatten(captured)
+        wanted = measure(captured, flat.promoted).wanted
+        try:
+            nest(flat.module)
+        except NotNested as error:
+            raise CaptureError(str(error)) from error
+        level = Level(flat.module, flat.n_outputs, wanted)
+        self.promoted = flat.promoted
+        self.base = CompiledLevel(level, options, flat.updated)
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        for position in self.promoted:
+            inputs[position].requires_grad_()
+        return self.base.value(inputs) if value_only.get() else self.base(*inputs)
+
+
+class Layers:
+    """The modules that a loss calls, as towers for as long as the loss runs.
+
+    A loss that cannot be captured as one graph runs as written; what it calls is compiled all the
+    same, at the largest modules that can be captured.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.forwards: dict[nn.Module, OptimizedForward] = {}
+
+    @contextlib.contextmanager
+    def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Let the modules and those inside them be towers inside the ``with`` block."""
+        found = dict.fromkeys(inner for module in modules for inner in module.modules())
+        taken = [module for module in found if _is_layer(module)]
+        for module in taken:
+            if module not in self.forwards:
+                self.forwards[module] = OptimizedForward(module, self.options)
+                self.forwards[module].quiet = True
+            module.forward = self.forwards[module]
+        try:
+            yield
+        finally:
+            for module in taken:
+                del module.forward
+
+    @property
+    def captured(self) -> list[OptimizedForward]:
+        """The forwards that run as towers."""
+        return [forward for forward in self.forwards.values() if forward.steps]
+
+    @property
+    def refused(self) -> list[OptimizedForward]:
+        """The forwards that run as written."""
+        return [forward for forward in self.forwards.values() if forward.refusals]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is worth a tower: not one of PyTorch's that calls a single operator, nor
+    one whose ``forward`` somebody has replaced."""
+    if "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
+        return False
+    is_one_operator = type(module).__module__.startswith("torch.nn.") and not any(module.children())
+    return not is_one_operator
+
+
+def optimize_module(module: M, options: Options) -> M:
+    """Give a module a compiled ``forward`` with compiled derivatives, in place; return it."""
+    module.forward = OptimizedForward(module, options)
+    return module
+
+
+def optimize_class(cls: type[M], options: Options) -> type[M]:
+    """Make every instance of a class such a module, from the end of its ``__init__`` on."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        optimize_module(self, options)
+
+    cls.__init__ = init
+    return cls

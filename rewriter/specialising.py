@@ -1,0 +1,180 @@
+"""A user's function behind Dynamo's guards: captured anew for each kind of call, as written where
+that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rewriter.capture import (
+    DYNAMO_ERRORS,
+    Trace,
+    as_capture_error,
+    capturing,
+    compile_function,
+    forget,
+    is_dynamos_own,
+    is_transformed,
+    refuse_no_grad_in_transforms,
+)
+from rewriter.errors import CaptureError, NeedsNumber, NeedsPullbacks, NestedGradientWarning
+from rewriter.options import Options, is_disabled
+from rewriter.snapshot import restored_on_error
+from rewriter.step import value_only
+
+
+class Specialising(ABC):
+    """A function that is captured as one graph for each kind of call.
+
+    Attributes:
+        as_written: The user's function.
+        options: How it is optimised.
+        steps: What was built, one for each specialisation so far.
+        quiet: Whether no warning is given when a call is not captured.
+    """
+
+    quiet = False
+
+    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+        functools.update_wrapper(self, function)
+        self.name: str = getattr(function, "__name__", type(function).__name__)
+        self.as_written = function
+        self.options = options
+        self.steps: list[Any] = []
+        self._specialize_floats = self._by_pullbacks = False
+        self._refused: dict[Any, CaptureError] = {}
+        self._compiled = compile_function(function, self._built, options.dynamic)
+
+    @property
+    def refusals(self) -> list[CaptureError]:
+        """Why calls were not captured, each kind of call once."""
+        return list(self._refused.values())
+
+    @abstractmethod
+    def _build(self, captured: torch.fx.GraphModule) -> Callable[..., Any]:
+        """Return what computes the outputs of a captured graph from its inputs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._is_on():
+            return self.as_written(*args, **kwargs)
+        if self._refused and _signature(args, kwargs) in self._refused:
+            return self._run_uncaptured(args, kwargs)
+        try:
+            with gradients_on():
+                return self._captured_call(args, kwargs)
+        except CaptureError as refusal:
+            reason = refusal
+        return self._fall_back(reason, args, kwargs)
+
+    def _captured_call(self, args: Any, kwargs: Any) -> Any:
+        """Call the loss through Dynamo's guards.
+
+        Raises:
+            CaptureError: The loss cannot be captured; nothing of it has run.
+        """
+        if self.steps:
+            # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
+            try:
+                return self._compiled(*args, **kwargs)
+            except DYNAMO_ERRORS:
+                pass
+        while True:
+            try:
+                return self._capture(args, kwargs)
+            except NeedsNumber:
+                if self._specialize_floats:
+                    raise
+                self._specialize_floats = True
+            except NeedsPullbacks:
+                self._by_pullbacks = True
+
+    def _capture(self, args: Any, kwargs: Any) -> Any:
+        trace = Trace(self._by_pullbacks)
+        try:
+            with capturing(trace, specialize_floats=self._specialize_floats):
+                return self._compiled(*args, **kwargs)
+        except Exception as error:
+            refusal = as_capture_error(error, trace)
+            if refusal is None:
+                raise
+            forget(error)
+            if trace.has_forward_mode and is_dynamos_own(error, trace):
+                raise NeedsPullbacks(refusal.reason, refusal.where) from error
+            raise refusal from error
+
+    def _is_on(self) -> bool:
+        return self.options.enabled and not is_disabled() and not is_transformed()
+
+    def _built(self, captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        """Be Dynamo's backend."""
+        if self._by_pullbacks:
+            refuse_no_grad_in_transforms(captured)
+        step = self._build(captured)
+        self.steps.append(step)
+        return step
+
+    def _fall_back(self, refusal: CaptureError, args: Any, kwargs: Any) -> Any:
+        """Run the loss as written, and say once why."""
+        if self.options.strict:
+            raise refusal
+        try:
+            with restored_on_error(self.as_written, args, kwargs):
+                value = self._run_uncaptured(args, kwargs)
+        except Exception as error:
+            note: Any = getattr(error, "add_note", None)  # Python 3.11
+            if note is not None:
+                note(f"{self.name} ran as written because of: {refusal}")
+            raise
+        # An error of the user's own was raised above, as it is; what is left is ours to report.
+        self._refused[_signature(args, kwargs)] = refusal
+        if not self.quiet:
+            warnings.warn(
+                f"{self.name} {self._how}: {refusal.reason} (at {refusal.where})",
+                NestedGradientWarning,
+                stacklevel=4,
+            )
+        return value
+
+    @property
+    def _how(self) -> str:
+        """What is done with a call that is not captured, in words."""
+        return "runs as written"
+
+    def _run_uncaptured(self, args: Any, kwargs: Any) -> Any:
+        return self.as_written(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def gradients_on() -> Iterator[None]:
+    """Let the loss's inner derivatives exist under `no_grad`, where only its value is computed."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+        return
+    token = value_only.set(True)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        value_only.reset(token)
+
+
+def _signature(args: Any, kwargs: Any) -> Any:
+    """Return what decides whether a refused loss is worth another try."""
+
+    def kind(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return tuple(item.shape), item.dtype, item.requires_grad
+        if isinstance(item, torch.nn.Module):
+            return id(item), item.training
+        return type(item)
+
+    leaves = pytree.tree_leaves((args, kwargs))
+    return tuple(kind(leaf) for leaf in leaves)
