@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
-# Programs per family: the same in every run of the tests; others each time for `make fuzz`.
+# Programs per family: the same in every run of the tests; others each time for `make fuzz`, which
+# also makes a failing one smaller (minutes).
 settings.register_profile(
     "tests",
     max_examples=22,
@@ -17,12 +18,14 @@ settings.register_profile(
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
 )
 settings.register_profile(
     "fuzz",
     settings.get_profile("tests"),
     max_examples=int(os.environ.get("PROGRAMS_PER_FAMILY", "100")),
     derandomize=False,
+    phases=[Phase.generate, Phase.shrink],
 )
 settings.load_profile("tests")
 
