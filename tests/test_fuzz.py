@@ -22,9 +22,10 @@ ACCEPTED = {
     r"isIntList\(\) INTERNAL ASSERT": "a sum pulled back for a batch of seeds, at a symbolic size",
     "TensorIterator does not support symbolic": "softshrink pulled back, at a symbolic size",
     "NO overloaded args that actually": "nn.Bilinear pulled back, at a symbolic size",
-    r"Cannot call numel\(\) on tensor with symbolic": "dropout in place, at a symbolic size",
+    r"Cannot call \w+\(\) on tensor with symbolic": "PReLU or dropout in place, at a symbolic size",
     "float division by zero": "the mean of nothing pulled back",
     r"self.is_inference\(\) INTERNAL ASSERT": "fused attention pulled back and pushed forward",
+    r"attempting to call Tensor.requires_grad_\(\)": "functional.* inside of functional.jvp",
     "forward mode under no_grad": "forward mode does not stop at no_grad",
 }
 
