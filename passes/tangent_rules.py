@@ -212,11 +212,6 @@ def _logcumsumexp(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tu
     return part(1) - part(-1)
 
 
-def _log_sigmoid(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple:
-    """``σ(-x) ẋ``; the buffer beside it is kept for the backward pass."""
-    return along[0] * torch.sigmoid(-args[0]), NotDifferentiable(target)
-
-
 def _max_pool(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple[Any, None]:
     """The tangent is read where the maximum was found."""
     pooled, indices = out
@@ -294,7 +289,6 @@ RULES: dict[Any, Callable[[Any, Any, tuple, dict, tuple], Any]] = {
     aten.baddbmm.default: _addmm,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
-    aten.log_sigmoid_forward.default: _log_sigmoid,
     aten._softmax.default: _softmax,
     aten._log_softmax.default: _log_softmax,
     aten.logcumsumexp.default: _logcumsumexp,

@@ -139,6 +139,6 @@ FROM_BACKWARD: dict[Any, Callable[..., Tensor]] = {
     ),
     aten.hardtanh.default: lambda t, y, x, low=-1, high=1: aten.hardtanh_backward(t, x, low, high),
     aten.hardswish.default: lambda t, y, x: aten.hardswish_backward(t, x),
-    aten.hardsigmoid.default: lambda t, y, x: _in_parts(aten.hardsigmoid_backward.default)(t, x),
+    aten.hardsigmoid.default: lambda t, y, x: aten.hardsigmoid_backward(t, x),
     aten.mish.default: lambda t, y, x: _in_parts(aten.mish_backward.default)(t, x),
 }
