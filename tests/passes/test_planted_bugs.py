@@ -363,7 +363,7 @@ def sum_and_difference_commute(patch: pytest.MonkeyPatch) -> None:
 
 
 def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = joint._finish
+    right = joint.finish_joint
 
     def wrong(module: torch.fx.GraphModule) -> None:
         output = module.graph.output_node()
@@ -371,7 +371,7 @@ def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
         output.args = ((values, updates, [*grads[:-1], None]),)
         right(module)
 
-    patch.setattr(joint, "_finish", wrong)
+    patch.setattr(joint, "finish_joint", wrong)
 
 
 def state_stays(patch: pytest.MonkeyPatch) -> None:
