@@ -93,7 +93,10 @@ class OptimizedLoss(Specialising):
 
     def _layer_reports(self) -> tuple[str, ...]:
         captured = [f"{f.name}: captured, {len(f.steps)}" for f in self._layers.captured]
-        return (*captured, *(f"{f.name}: as written, {f.refusals[0]}" for f in self._layers.refused))
+        return (
+            *captured,
+            *(f"{f.name}: as written, {f.refusals[0]}" for f in self._layers.refused),
+        )
 
     def __repr__(self) -> str:
         return f"<optimize_nested {self.as_written!r}, {len(self.steps)} specialisations>"

@@ -13,11 +13,15 @@ traces a decorated loss:
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
+import inspect
+import itertools
 import logging
 import re
 import threading
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,7 +66,10 @@ functorch_c: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessI
 _lock = threading.RLock()
 torch._dynamo.allow_in_graph(write_outside)
 
-DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException,)
+_is_capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("is_capturing", default=False)
+
+DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
+MAX_SPECIALISATIONS = 64
 
 
 @dataclass
@@ -382,7 +389,10 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
     }
     with _lock, contextlib.ExitStack() as stack:
         settings["specialize_float"] = specialize_floats
-        settings |= {"recompile_limit": 64, "reorderable_logging_functions": {print, warnings.warn}}
+        settings |= {
+            "recompile_limit": MAX_SPECIALISATIONS,
+            "reorderable_logging_functions": {print, warnings.warn},
+        }
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_quiet())
         stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
@@ -400,15 +410,62 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         owner, name = _setattr_of_dynamo()
         stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))
-        yield
+        token = _is_capturing.set(True)
+        try:
+            yield
+        finally:
+            _is_capturing.reset(token)
 
 
 def compile_function(
     function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
 ) -> Callable[..., Any]:
     """Return ``function`` behind Dynamo's guards, each new specialisation built by ``backend(graph
-    module, inputs)``."""
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+    module, inputs)``.
+
+    Only inside of `capturing`: a specialisation that Dynamo would trace by itself, without what is
+    prepared for it there, is an error of Dynamo's.
+    """
+
+    def prepared(captured: GraphModule, inputs: Any) -> Any:
+        if not _is_capturing.get():
+            raise CaptureError("a new specialisation outside of a capture")
+        return backend(captured, inputs)
+
+    options: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = MAX_SPECIALISATIONS
+    own = _own_code(function)
+    return torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
+
+
+_numbers = itertools.count()
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a code object of its own.
+
+    Dynamo keeps its specialisations with the code. Functions that share it (closures of one
+    factory, one class's modules) would search, and use up, each other's.
+    """
+    if not inspect.isfunction(function):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        code = call.__code__.replace(co_name=f"call_{next(_numbers)}")
+        return types.FunctionType(code, call.__globals__, None, None, call.__closure__)
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update(function.__dict__)
+    own.__module__, own.__qualname__ = function.__module__, function.__qualname__
+    return own
 
 
 def forget(error: BaseException) -> None:
@@ -442,6 +499,8 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
         raise inner from None
     if isinstance(error, dynamo_errors.BackendCompilerFailed):
         return CaptureError(f"internal error in optimize_nested: {inner!r}", _innermost(inner))
+    if isinstance(error, dynamo_errors.FailOnRecompileLimitHit):
+        return CaptureError(f"more than {MAX_SPECIALISATIONS} specialisations")
     if isinstance(error, DYNAMO_ERRORS):
         text = [line.strip() for line in str(error).splitlines() if line.strip()]
         if trace.refused:

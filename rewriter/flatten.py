@@ -114,7 +114,11 @@ def _stop_intermediates(forward: GraphModule, n_outputs: int) -> None:
     output = forward.graph.output_node()
     saved = []
     for value in found[n_outputs:]:
-        if isinstance(value, Node) and value.op == "call_function" and value not in found[:n_outputs]:
+        if (
+            isinstance(value, Node)
+            and value.op == "call_function"
+            and value not in found[:n_outputs]
+        ):
             with forward.graph.inserting_before(output):
                 stopped = forward.graph.call_function(derivative.stop, (value,))
             stopped.meta = dict(value.meta)

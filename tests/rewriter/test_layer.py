@@ -37,6 +37,8 @@ def same(loss: Callable[..., Tensor], net: nn.Module, *args: Any, times: int = 2
     fast = towered(net)
     for _ in range(times):
         assert_same(outcome(loss, [fast], args, {}), outcome(loss, [net], args, {}))
+    loss(fast, *args)  # what was compared was copies
+    assert steps(fast), "nothing was captured"
     return fast
 
 
@@ -112,8 +114,7 @@ def in_place(net: nn.Module, x: Tensor) -> Tensor:
     ids=lambda f: f.__name__,
 )
 def test_eager_code_around(loss: Callable[..., Tensor]) -> None:
-    fast = same(loss, small(), points(5, 3))
-    assert steps(fast)
+    same(loss, small(), points(5, 3))
 
 
 class Dictionary(nn.Module):
@@ -207,7 +208,7 @@ def test_it_is_the_users_module() -> None:
         assert not torch.equal(twin(x), fast(x))
         assert steps(twin)
     with disabled():
-        assert torch.equal(fast(x), small()(x)) or True
+        assert torch.equal(fast(x), type(fast).forward(fast, x))
     calls: list[int] = []
     fast.register_forward_hook(lambda *_: calls.append(1))
     fast(x)
@@ -257,4 +258,4 @@ def test_modes() -> None:
         assert torch.allclose(mine, reference, rtol=1e-12)
     x = points(4, 3)
     with torch.inference_mode():
-        assert torch.equal(fast(x), net(x))
+        assert torch.allclose(fast(x), net(x), rtol=1e-12)
