@@ -20,7 +20,6 @@ from rewriter.rewrite import rewrite
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.step import Explained, Step, explaining
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -135,7 +134,7 @@ def _scalar_of(value: Any, name: str) -> Tensor:
 
 
 @overload
-def optimize_nested(function: M, /, **options: Any) -> M: ...
+def optimize_nested(function: M, /, **options: Any) -> M: ...  # pyright: ignore[reportOverlappingOverload]
 @overload
 def optimize_nested(function: type[M], /, **options: Any) -> type[M]: ...
 @overload

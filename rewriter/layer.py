@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 
