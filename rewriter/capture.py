@@ -44,6 +44,7 @@ from torch._dynamo.variables.misc import AutogradFunctionVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
+from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
 from passes.graph import where
@@ -262,10 +263,15 @@ def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any
     """Trace a user's `autograd.Function` that has a forward-mode rule by its backward.
 
     Raises:
-        CaptureError: Inside of forward mode, where the rule itself would be needed.
+        CaptureError: Inside of forward mode, where the rule itself would be needed; or the function
+            is once differentiable: eager raises where it is differentiated twice, and a trace,
+            which is differentiated twice by design, has a constant there.
     """
 
     def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(self.fn_cls.backward, "__globals__", None) is once_differentiable.__globals__:
+            trace.refuse("a user-defined autograd.Function that is once_differentiable")
+        args = _told_apart(tx, args)
         if self.fn_cls.jvp is torch.autograd.Function.jvp:
             return original(self, tx, args, kwargs)
         if is_inside_forward_mode() or trace.by_pullbacks:
@@ -274,6 +280,19 @@ def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any
         return original(type(self)(stand_in, source=self.source), tx, args, kwargs)
 
     return call_apply
+
+
+def _told_apart(tx: Any, arguments: Any) -> list[Any]:
+    """Give a tensor that is passed twice a second name: Dynamo takes each but once."""
+    seen: set[Node] = set()
+    own = []
+    for argument in arguments:
+        if isinstance(argument, TensorVariable):
+            if argument.as_proxy().node in seen:
+                argument = argument.call_method(tx, "view_as", [argument], {})
+            seen.add(argument.as_proxy().node)
+        own.append(argument)
+    return own
 
 
 def _setattr_of_dynamo() -> tuple[Any, str]:
@@ -340,6 +359,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            # It makes an instance of a user's `autograd.Function` to trace its methods.
+            warnings.filterwarnings("ignore", message=".* should not be instantiated")
             yield
     finally:
         logger.setLevel(level)
