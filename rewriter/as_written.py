@@ -19,6 +19,7 @@ from passes.graph import placeholders
 from passes.price import FlopCounter
 from passes.tracing import fake_mode_of
 from rewriter.capture import example_of
+from rewriter.stateful import levels_restored
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run_as_written(
         wanted: Positions of the inputs to differentiate with respect to.
     """
     own = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), levels_restored():
         for position in wanted:
             own[position].requires_grad_()
         return list(captured(*own)), own

@@ -48,7 +48,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
 from passes.graph import where
-from rewriter.errors import CaptureError, NotRewritten, OptionError
+from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -535,9 +535,11 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
 
 
 def is_dynamos_own(error: BaseException, trace: Trace) -> bool:
-    """Whether Dynamo failed by itself, not in what we do for it."""
-    ours = isinstance(error, dynamo_errors.BackendCompilerFailed) or trace.refused
-    return isinstance(error, DYNAMO_ERRORS) and not ours
+    """Whether Dynamo failed by itself, or PyTorch did on what Dynamo captured: not a refusal of
+    ours."""
+    if isinstance(error, dynamo_errors.BackendCompilerFailed):
+        return not isinstance(error.inner_exception, OptimizeNestedError)
+    return isinstance(error, DYNAMO_ERRORS) and not trace.refused
 
 
 def _innermost(error: BaseException | None) -> str:

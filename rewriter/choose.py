@@ -19,7 +19,7 @@ from passes.tracing import example_inputs
 from rewriter.as_written import AsWritten
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.options import Options
-from rewriter.stateful import WRITTEN_OUT
+from rewriter.stateful import WRITTEN_OUT, levels_restored
 
 AS_WRITTEN = "as written"
 REVERSE = "reverse"
@@ -223,7 +223,9 @@ def _as_written(
     def run(inputs: list[Any]) -> list[Any]:
         for i in roles.updated:
             inputs[i] = inputs[i].clone()
-        return [*captured(*inputs), *(inputs[i] for i in roles.updated)]
+        with levels_restored():
+            outputs = captured(*inputs)
+        return [*outputs, *(inputs[i] for i in roles.updated)]
 
     start = time.perf_counter()
     joint = trace_step(

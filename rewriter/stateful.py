@@ -8,11 +8,14 @@ Normalisation is written out, because its forward mode fails on the fake tensors
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import predispatch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -35,6 +38,35 @@ def is_inside_forward_mode() -> bool:
     levels = _C.get_interpreter_stack() or ()
     inside = any(level.key() == _C.TransformType.Jvp for level in levels)
     return inside or forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def levels_restored() -> Iterator[None]:
+    """Close the transforms and the dual level that the block has opened, if it raises.
+
+    A captured graph opens and closes them as steps of its own; what it leaves open would make every
+    later use of forward mode in this process an error.
+    """
+    depth, was_open = _C.get_dynamic_layer_stack_depth(), _is_dual_level_open()
+    forward = torch._C._is_fwd_grad_enabled()
+    try:
+        yield
+    except BaseException:
+        _C.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if not was_open and _is_dual_level_open():
+            predispatch._exit_dual_level(level=0)
+        torch._C._set_fwd_grad_enabled(forward)
+        raise
+
+
+def _is_dual_level_open() -> bool:
+    """Whether a dual level is open, by PyTorch's own count; there can be but one."""
+    try:
+        level = predispatch._enter_dual_level()
+    except RuntimeError:
+        return True
+    predispatch._exit_dual_level(level=level)
+    return False
 
 
 def is_wrapped(x: Any) -> bool:

@@ -18,6 +18,7 @@ from rewriter.codegen import Compiled, compile_graph
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.options import Options
 from rewriter.rewrite import Rewritten
+from rewriter.stateful import levels_restored
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
 value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
@@ -233,7 +234,8 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
     with torch.random.fork_rng(enabled=ctx.generator is not None):
         if ctx.generator is not None:
             torch.set_rng_state(ctx.generator)
-        outputs = list(step.rewritten.captured(*inputs))
+        with levels_restored():
+            outputs = list(step.rewritten.captured(*inputs))
     pairs = [
         (outputs[i], cotangents[i]) for i in step.roles.differentiable if cotangents[i] is not None
     ]
