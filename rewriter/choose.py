@@ -19,6 +19,7 @@ from passes.tracing import example_inputs
 from rewriter.as_written import AsWritten
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.options import Options
+from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.stateful import WRITTEN_OUT, levels_restored
 
 AS_WRITTEN = "as written"
@@ -218,6 +219,8 @@ def _as_written(
     captured = copy_graph(captured)
     for node in captured.graph.nodes:
         node.target = WRITTEN_OUT.get(node.target, node.target)
+        if node.target in KINDS:
+            node.target, node.args = layer_by_layer, (KINDS[node.target], *node.args)
     captured.recompile()
 
     def run(inputs: list[Any]) -> list[Any]:

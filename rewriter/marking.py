@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from passes.markers import (
 )
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
+from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.memory import Memory, requires_grad, written_by
 from rewriter.stateful import MIXES, write_outside
 
@@ -93,6 +95,10 @@ class Marking(Interpreter):
             torch.nn.functional.dropout: self._dropout,
             torch.nn.functional.rrelu: self._rrelu,
             torch.rrelu: self._rrelu,
+            **{
+                kind: partial(layer_by_layer, name, dropout=self._dropout)
+                for kind, name in KINDS.items()
+            },
             predispatch._jvp_increment_nesting: self._enter_jvp,
             predispatch._jvp_decrement_nesting: self._leave_jvp,
             predispatch._enter_dual_level: self._enter_dual_level,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from rewriter import NestedGradientWarning, optimize_nested
+from rewriter import optimize_nested
 from tests.cases import mlp
-from tests.oracle import assert_same, check, outcome
+from tests.oracle import check, outcome
 
 Body = Callable[[nn.Module, Tensor], Tensor]
 
@@ -210,31 +210,3 @@ def test_inner_training_steps() -> None:
         return torch.func.functional_call(net, parameters, (x[3:],)).sin().mean()
 
     check(loss, [mlp(nn.Tanh, 3, 6, 3)], points())
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (lambda m, x: Square.apply(m(x)), "autograd_function_apply"),
-        (lambda m, x: m(x) * torch.bernoulli(m(x).sigmoid()), "a random draw"),
-    ],
-    ids=["function", "draw"],
-)
-def test_not_captured_is_said_and_right(body: Body, reason: str) -> None:
-    loss = squared_gradient(body)
-    reference = outcome(loss, [linear()], (points(),), {})
-    with pytest.warns(NestedGradientWarning, match=reason):
-        assert_same(
-            outcome(optimize_nested(loss, backend="eager"), [linear()], (points(),), {}), reference
-        )
