@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
         if mode is not None:
             return mode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def without_fused_kernels() -> Iterator[None]:
+    """Let attention and recurrent layers be made of operators that have a second derivative."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # oneDNN's LSTM
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> GraphModule:
@@ -83,7 +96,7 @@ def _without_writes(function: Callable[..., Any]) -> Callable[..., Any]:
 def _record(
     function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode, table: Any
 ) -> GraphModule:
-    with mode, enable_python_dispatcher(), preserve_node_meta(), sdpa_kernel(SDPBackend.MATH):
+    with mode, enable_python_dispatcher(), preserve_node_meta(), without_fused_kernels():
         module = make_fx(function, decomposition_table=table)(*inputs)
     # A view is right for the strides seen here; what runs later on the graph may bring others.
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from passes.graph import placeholders
 from passes.price import FlopCounter
-from passes.tracing import fake_mode_of
+from passes.tracing import fake_mode_of, without_fused_kernels
 from rewriter.capture import example_of
 from rewriter.stateful import levels_restored
 
@@ -65,7 +64,7 @@ def run_as_written(
         wanted: Positions of the inputs to differentiate with respect to.
     """
     own = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), levels_restored():
+    with torch.enable_grad(), without_fused_kernels(), levels_restored():
         for position in wanted:
             own[position].requires_grad_()
         return list(captured(*own)), own
