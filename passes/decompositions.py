@@ -114,6 +114,8 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
     aten.copy.default: _copy,
     aten._efficientzerotensor.default: torch.zeros,
     aten.native_dropout.default: _native_dropout,
+    # PyTorch's own decomposition reads an index of shape () as a number.
+    aten.take.default: lambda x, index: x.reshape(-1)[index.reshape(-1)].reshape(index.shape),
     aten.trace.default: lambda x: x.diagonal().sum(),  # its backward reads an index as a number
 }
 

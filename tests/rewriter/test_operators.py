@@ -40,6 +40,7 @@ BODIES: dict[str, Body] = {
     "determinant": lambda m, x: torch.linalg.det(m(x).view(6, 2, 2)),
     "slogdet": lambda m, x: torch.linalg.slogdet(m(x).view(6, 2, 2))[1],
     "solve": lambda m, x: torch.linalg.solve(m(x).view(6, 2, 2) + 3 * torch.eye(2), x[:, :2]),
+    "take_one": lambda m, x: m(x).take(torch.tensor(-5)) * m(x).take(_KINDS).tanh(),
     "trace": lambda m, x: torch.trace(m(x).tanh()),
     "circular_pad": lambda m, x: F.pad(m(x), (1, 2), mode="circular").tanh(),
     "difference": lambda m, x: torch.diff(m(x), n=0).tanh() + m(x).diff(append=_SHIFT).sin()[:, :4],
