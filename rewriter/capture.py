@@ -44,6 +44,7 @@ from torch._dynamo.variables.misc import AutogradFunctionVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
@@ -575,9 +576,11 @@ def source_name(placeholder: Node) -> str:
 
 
 def is_transformed() -> bool:
-    """Whether a transform, another compilation or a dispatch mode is running around this call."""
+    """Whether a transform, a dual level, another compilation or a dispatch mode is open around this
+    call."""
     return (
         torch.compiler.is_compiling()
         or is_inside_transform()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )

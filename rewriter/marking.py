@@ -27,8 +27,8 @@ from passes.markers import (
 )
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
-from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.memory import Memory, requires_grad, written_by
+from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.stateful import MIXES, write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,7 +12,7 @@ from torch.autograd import grad
 
 from rewriter import optimize_nested
 from tests.cases import mlp
-from tests.oracle import check, outcome
+from tests.oracle import assert_same, check, outcome
 
 Body = Callable[[nn.Module, Tensor], Tensor]
 
