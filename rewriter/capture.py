@@ -119,7 +119,9 @@ def _handle_autograd_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
     proxy = tx.output.create_proxy(
         "call_function", torch.autograd.grad, *_proxy_arguments(args, kwargs)
     )
-    result = wrap_fx_proxy(tx=tx, proxy=proxy)
+    # Backward operators may read numbers (`index_put` with a mask) that no traced value holds.
+    with tx.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+        result = wrap_fx_proxy(tx=tx, proxy=proxy)
     if keys is None:
         return result
     assert isinstance(result, BaseListVariable)

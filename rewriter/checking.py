@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter
+from torch.fx import GraphModule, Interpreter
 
-from passes.graph import copy_graph
+from passes.graph import copy_graph, placeholders
 from passes.markers import MARKS
 from passes.nest import nest
+from passes.tracing import without_fused_kernels
 from rewriter.as_written import gradients_of, run_as_written
+from rewriter.capture import source_name
 from rewriter.dump import dump
 from rewriter.errors import CheckFailed
 from rewriter.rewrite import Rewritten
@@ -49,28 +51,77 @@ def check_step(
         ours = again(lambda: _rewritten_run(rewritten, run, inputs))
         plain = again(lambda: _plain_run(rewritten, inputs))
         wide = again(lambda: _plain_run(rewritten, [_widened(x) for x in inputs]))
-        worst = _worst(rewritten, ours, plain, wide)
+        names = _names(rewritten)
+        worst = _worst(names, ours, plain, wide)
         if worst is None:
             return
         stage = "compiled code"
         for number in range(len(rewritten.stages)):
             found = again(lambda: _stage_run(rewritten, number, inputs, ours))  # noqa: B023
-            if _worst(rewritten, found, plain, wide) is not None:
+            if _worst(names, found, plain, wide) is not None:
                 stage = rewritten.stages[number].name
                 break
     finally:
         torch.set_rng_state(generator)
     raise CheckFailed(
-        f"check=True: {worst.name} differs from the loss as written: {worst.ours!r} here, "
-        f"{worst.reference!r} as written in float64 (error {worst.error:.3g}, allowed "
-        f"{worst.allowed:.3g}). The first stage that departs is {stage!r}; all stages are in "
+        f"check=True: {worst}. The first stage that departs is {stage!r}; all stages are in "
         f"{dump(rewritten, inputs)}. Please report this; enabled=False avoids it."
     )
 
 
-def _worst(rewritten: Rewritten, ours: _Run, plain: _Run, wide: _Run) -> _Difference | None:
+def check_layer(
+    captured: GraphModule,
+    run: Callable[..., Sequence[Any]],
+    inputs: Sequence[Any],
+    wanted: Sequence[int],
+    updated: Sequence[int],
+) -> None:
+    """Run a module's call both ways on copies of ``inputs`` and compare values, state, a pullback
+    and the gradient of a function of that pullback, as `check_step` does.
+
+    Raises:
+        CheckFailed: Names the tensor that differs most and both numbers.
+    """
+    sources = [source_name(node) for node in placeholders(captured.graph)]
+    generator = torch.get_rng_state()
+
+    def twice(function: Callable[..., Sequence[Any]], given: Sequence[Any]) -> _Run:
+        torch.set_rng_state(generator)
+        own = [x.detach().clone() if isinstance(x, Tensor) else x for x in given]
+        with torch.enable_grad(), without_fused_kernels():
+            for i in wanted:
+                own[i].requires_grad_()
+            values = list(function(*own))
+            leaves = [own[i] for i in wanted]
+            first = _pulled_back(values, leaves)
+            return _Run(values, [*first, *_pulled_back(first, leaves)], [own[i] for i in updated])
+
+    try:
+        ours, plain = twice(run, inputs), twice(captured, inputs)
+        wide = twice(captured, [_widened(x) for x in inputs])
+    finally:
+        torch.set_rng_state(generator)
+    names = [f"output {i}" for i in range(len(ours.values))]
+    names += [f"the gradient of {sources[i]}" for i in wanted]
+    names += [f"the gradient of the gradient, of {sources[i]}" for i in wanted]
+    names += [f"the new value of {sources[i]}" for i in updated]
+    worst = _worst(names, ours, plain, wide)
+    if worst is not None:
+        raise CheckFailed(f"check=True: {worst}. Please report this; enabled=False avoids it.")
+
+
+def _pulled_back(values: Sequence[Any], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return gradients along cotangents that are no multiples of one another."""
+    ends = [u for u in values if isinstance(u, Tensor) and u.requires_grad]
+    if not ends or not leaves:
+        return [None] * len(leaves)
+    seeds = [torch.arange(1, u.numel() + 1, device=u.device).sin().view_as(u).to(u) for u in ends]
+    return list(torch.autograd.grad(ends, leaves, seeds, create_graph=True, allow_unused=True))
+
+
+def _worst(names: Sequence[str], ours: _Run, plain: _Run, wide: _Run) -> _Difference | None:
     """Return the largest difference that is not allowed."""
-    worst = max(_differences(rewritten, ours, plain, wide), key=lambda d: d.excess, default=None)
+    worst = max(_differences(names, ours, plain, wide), key=lambda d: d.excess, default=None)
     return worst if worst is not None and worst.excess > 1 else None
 
 
@@ -81,6 +132,12 @@ class _Difference:
     reference: float
     error: float
     allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} differs from the loss as written: {self.ours!r} here, {self.reference!r} as "
+            f"written in float64 (error {self.error:.3g}, allowed {self.allowed:.3g})"
+        )
 
     @property
     def excess(self) -> float:
@@ -140,11 +197,14 @@ def _widened(x: Any) -> Any:
     return x.detach().double() if x.dtype.is_floating_point else x
 
 
-def _differences(rewritten: Rewritten, ours: _Run, plain: _Run, wide: _Run) -> list[_Difference]:
+def _names(rewritten: Rewritten) -> list[str]:
     roles, inputs = rewritten.roles, rewritten.names
-    names = [f"output {i}" for i in range(len(ours.values))]
+    names = [f"output {i}" for i in range(roles.n_outputs)]
     names += [f"the gradient of {inputs[i]}" for i in roles.wanted]
-    names += [f"the new value of {inputs[i]}" for i in roles.updated]
+    return [*names, *(f"the new value of {inputs[i]}" for i in roles.updated)]
+
+
+def _differences(names: Sequence[str], ours: _Run, plain: _Run, wide: _Run) -> list[_Difference]:
     rows = zip(
         names,
         [*ours.values, *ours.grads, *ours.state],

@@ -122,7 +122,8 @@ def choose(
         candidate = _priced(taken, joint)
         built.append(_Built(candidate, form, joint, traced - start, time.perf_counter() - traced))
     written = evaluated(as_written.flops, size_hints(module))
-    if not built or min(b.candidate.flops for b in built) > written:
+    is_free = len(asked) < len(found) or AS_WRITTEN in asked.values()
+    if not built or (is_free and min(b.candidate.flops for b in built) > written):
         built.append(_as_written(module, roles, seeded, captured, promoted, found))
     best = min(built, key=lambda b: b.candidate.flops)
     _refuse_if_asked(found, asked, refusals, best.candidate, options)

@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.fx import GraphModule
 
+from passes.graph import placeholders
 from passes.levels import Level
-from passes.nest import NotNested, nest
+from passes.nest import NotNested, active_nodes, nest
 from rewriter.as_written import measure
 from rewriter.capture import keep_numbers
+from rewriter.checking import check_layer
 from rewriter.errors import CaptureError
 from rewriter.flatten import flatten
 from rewriter.options import Options
+from rewriter.rewrite import check_differentiability
 from rewriter.specialising import Specialising
 from rewriter.step import value_only
 from rewriter.tower import CompiledLevel
@@ -61,7 +64,11 @@ class Tower:
     def __init__(self, captured: GraphModule, options: Options) -> None:
         keep_numbers(captured)
         flat = flatten(captured)
-        wanted = measure(captured, flat.promoted).wanted
+        as_written = measure(captured, flat.promoted)
+        wanted = as_written.wanted
+        inputs = placeholders(flat.module.graph)
+        active = active_nodes(flat.module, {inputs[i] for i in wanted})
+        check_differentiability(flat.module, flat.n_outputs, as_written.differentiable, active)
         try:
             nest(flat.module)
         except NotNested as error:
@@ -69,8 +76,13 @@ class Tower:
         level = Level(flat.module, flat.n_outputs, wanted)
         self.promoted = flat.promoted
         self.base = CompiledLevel(level, options, flat.updated)
+        self.captured = captured
+        self._unchecked = options.check
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
+        if self._unchecked:
+            self._unchecked = False
+            check_layer(self.captured, self.base, inputs, self.base.level.wanted, self.base.updated)
         for position in self.promoted:
             inputs[position].requires_grad_()
         return self.base.value(inputs) if value_only.get() else self.base(*inputs)

@@ -91,6 +91,7 @@ class Marking(Interpreter):
             torch._C._set_grad_enabled: self._set_grad_enabled,
             _AUTOGRAD._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
+            torch.nn.functional.instance_norm: self._instance_norm,
             write_outside: self._write_outside,
             torch.nn.functional.dropout: self._dropout,
             torch.nn.functional.rrelu: self._rrelu,
@@ -252,6 +253,34 @@ class Marking(Interpreter):
         running_mean.copy_(stop_mark(mean))
         running_var.copy_(stop_mark(var))
         return normal
+
+    def _instance_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Normalise each sample by itself; the running statistics take the mean over samples."""
+        if not use_input_stats or running_mean is None or running_var is None:
+            return torch.nn.functional.instance_norm(
+                x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+            )
+        n, channels = x.shape[:2]
+        one = x.reshape(1, n * channels, *x.shape[2:])
+        repeated = [
+            None if p is None else p.repeat(n) for p in (weight, bias, running_mean, running_var)
+        ]
+        normal, _, _, mean, var = aten._native_batch_norm_legit_functional(
+            one, *repeated, True, momentum, eps
+        )
+        running_mean.copy_(stop_mark(mean.reshape(n, channels).mean(0)))
+        running_var.copy_(stop_mark(var.reshape(n, channels).mean(0)))
+        return normal.reshape(x.shape)
 
     def _dropout(
         self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False

@@ -4,7 +4,7 @@ choice."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -144,7 +144,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
         updated=flat.updated,
     )
     active = active_nodes(module, requiring)
-    _check_differentiability(module, roles, active)
+    check_differentiability(module, roles.n_outputs, roles.differentiable, active)
     seeded = not _is_one_scalar(module, roles)
     choice = choose(module, roles, seeded, captured, as_written, flat.promoted, options)
     stage("choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
@@ -173,13 +173,19 @@ def _is_one_scalar(module: GraphModule, roles: Roles) -> bool:
     return isinstance(loss, Node) and all(size == 1 for size in loss.meta["val"].shape)
 
 
-def _check_differentiability(module: GraphModule, roles: Roles, active: set[Node]) -> None:
-    """Check that what carries gradients in our graph is what does in the loss as written."""
-    for position, result in enumerate(results(module.graph)[: roles.n_outputs]):
+def check_differentiability(
+    module: GraphModule, n_outputs: int, differentiable: Sequence[int], active: set[Node]
+) -> None:
+    """Check that what carries gradients in our graph is what does in the loss as written.
+
+    Raises:
+        CaptureError: An output or a new value of an input does in one of them only.
+    """
+    for position, result in enumerate(results(module.graph)[:n_outputs]):
         ours = isinstance(result, Node) and result in active and is_float(result)
-        if position in roles.differentiable and not ours:
+        if position in differentiable and not ours:
             raise CaptureError(f"output {position} requires grad as written and not when captured")
-    for result in results(module.graph)[roles.n_outputs :]:
+    for result in results(module.graph)[n_outputs:]:
         if isinstance(result, Node) and result in active:
             raise CaptureError(
                 "the loss writes a value that carries a gradient to one of its inputs"

@@ -15,8 +15,9 @@ from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from passes.price import price, size_hints
-from rewriter import disabled, optimize_nested
+from rewriter import CheckFailed, disabled, optimize_nested
 from rewriter.layer import OptimizedForward
+from rewriter.tower import CompiledLevel
 from tests.cases import LOSSES, NETWORKS, make, mlp, with_written_norms
 from tests.oracle import assert_same, outcome
 
@@ -259,3 +260,19 @@ def test_modes() -> None:
     x = points(4, 3)
     with torch.inference_mode():
         assert torch.allclose(fast(x), net(x), rtol=1e-12)
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``check=True`` compares two orders; a wrong derivative is an error that names the tensor."""
+    x = points(5, 3)
+    fast = optimize_nested(small(), backend="eager", check=True)
+    fast(x)
+    assert steps(fast)
+    original = CompiledLevel.__call__
+
+    def wrong(self: CompiledLevel, *inputs: Any) -> Any:
+        return [u * 1.01 if u is not None else None for u in original(self, *inputs)]
+
+    monkeypatch.setattr(CompiledLevel, "__call__", wrong)
+    with pytest.raises(CheckFailed, match="check=True: .* differs"):
+        optimize_nested(small(), backend="eager", check=True)(x)
