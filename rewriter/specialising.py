@@ -111,7 +111,9 @@ class Specialising(ABC):
             raise refusal from error
 
     def _is_on(self) -> bool:
-        return self.options.enabled and not is_disabled() and not is_transformed()
+        # In this order: inside of another capture Dynamo traces this line, and knows the answer to
+        # the first question.
+        return self.options.enabled and not is_transformed() and not is_disabled()
 
     def _built(self, captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """Be Dynamo's backend."""

@@ -68,8 +68,9 @@ def relative_error(mine: Tensor | None, reference: Tensor | None, floor: float =
             mine.isinf(), reference.isinf()
         )
         return 0.0 if same else float("inf")
-    difference = (mine.double() - reference.double()).abs().max().item()
-    size = max(reference.double().abs().max().item(), floor)
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    difference = (mine.to(wide) - reference.to(wide)).abs().max().item()
+    size = max(reference.to(wide).abs().max().item(), floor)
     return 0.0 if difference < 1e-15 else difference / size
 
 

@@ -296,3 +296,183 @@ def test_worked_example() -> None:
     s, curvature = grad(f)(plain).sum(), hessian(f)(plain)
     expected = 3 * s**2 * curvature @ torch.ones(5, dtype=D)
     assert torch.allclose(x.grad, expected, rtol=1e-9)
+
+
+def dense_for_parameters() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(2, 4), nn.GELU(), nn.BatchNorm1d(4), nn.Sigmoid(), nn.Linear(4, 2)
+    )
+
+
+def conv_for_parameters() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.GELU(), nn.BatchNorm2d(4),
+        nn.Conv2d(4, 2, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 1),
+    )  # fmt: skip
+
+
+def _of_parameters(net: nn.Module, x: Tensor, energy: bool) -> Callable[..., Tensor]:
+    def at(parameters: dict[str, Tensor]) -> Tensor:
+        u = functional_call(net, parameters, (x,))
+        return u.square().sum() if energy else u
+
+    return at
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(dense_for_parameters, (4, 2)), (conv_for_parameters, (2, 2, 3, 3))],
+    ids=["P1-P4", "P5-P8"],
+)
+def test_with_respect_to_parameters(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], name: str
+) -> None:
+    """BatchNorm in train mode: statistics as after one call."""
+    operator: Any = grad if name == "reverse gradient" else jacrev if "reverse" in name else jacfwd
+    energy = "gradient" in name
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        found = operator(_of_parameters(net, x, energy))(dict(net.named_parameters()))
+        return sum(squares(block) for block in found.values())
+
+    def reference(net: nn.Module, x: Tensor) -> Tensor:
+        names, parameters = zip(*net.named_parameters(), strict=True)
+        at = _of_parameters(net, x, energy)
+        flat = lambda *ps: at(dict(zip(names, ps, strict=True)))  # noqa: E731
+        found = functional.jacobian(flat, parameters, create_graph=True)
+        return sum(squares(block) for block in found)
+
+    expected = outcome(reference, [with_written_norms(_seeded(make))], (_points(*shape),), {})
+    decorated = optimize_nested(loss, backend="eager")
+    mine = outcome(decorated, [_seeded(make)], (_points(*shape),), {})
+    for key, g in expected.grads.items():
+        if (g is None) != (mine.grads[key] is None):  # forms differ in None and zeros
+            there = mine.grads[key] if g is None else g
+            assert not there.any()
+            expected.grads[key] = mine.grads[key]
+    assert_same(mine, expected)
+    assert decorated.steps
+
+
+def test_jacobian_returned_in_a_tuple() -> None:
+    """U1."""
+
+    def jacobian(net: nn.Module, x: Tensor) -> tuple[Tensor]:
+        return (jacrev(net)(x),)
+
+    loss = lambda net, x: sum(squares(block) for block in jacobian(net, x))  # noqa: E731
+    expected = outcome(
+        _jacobian_reference, [with_written_norms(_seeded(dense))], (_points(4, 2),), {}
+    )
+    mine = outcome(optimize_nested(loss, backend="eager"), [_seeded(dense)], (_points(4, 2),), {})
+    assert_same(mine, expected)
+
+
+def test_batch_dimension_dropped() -> None:
+    """F3: known answer, and an error that says which shapes do not fit."""
+    x = _points(3, 2)
+    square = optimize_nested(lambda x: vmap(jacrev(torch.square))(x).sum(), backend="eager")
+    assert torch.allclose(square(x).detach(), (2 * x.detach()).sum())
+
+    def rows(x: Tensor, drop: bool) -> Tensor:
+        u = x.square().sum(0) if drop else x.square()
+        seeds = torch.eye(2, dtype=D)[:, None].expand(2, 3, 2)
+        (found,) = torch.autograd.grad(u, x, seeds, create_graph=True, is_grads_batched=True)
+        return found.square().sum()
+
+    check(lambda x: rows(x, False), [], x)
+    for loss in (rows, optimize_nested(rows, backend="eager")):
+        with pytest.raises(
+            RuntimeError, match=r"[Mm]ismatch in shape.*\[2\].*\[3, 2\]|\[3, 2\].*\[2\]"
+        ):
+            loss(x, True)
+
+
+def test_structures_of_inputs() -> None:
+    """F4: products against the Jacobian; functions of nested tuples and dicts."""
+    x, v = _points(3, 3), _points(3, 3).detach().cos()
+    f = lambda z: z.abs().square()  # noqa: E731
+
+    def products(x: Tensor, v: Tensor) -> Tensor:
+        return vjp(f, x)[1](v)[0].sin().sum() + jvp(f, (x,), (v,))[1].square().sum()
+
+    def by_jacobian(x: Tensor, v: Tensor) -> Tensor:
+        jacobian = jacrev(f)(x)
+        pulled = torch.einsum("ij,ijkl->kl", v, jacobian)
+        return pulled.sin().sum() + torch.einsum("ijkl,kl->ij", jacobian, v).square().sum()
+
+    check(products, [], x, v)
+    assert_same(
+        outcome(optimize_nested(products, backend="eager"), [], (x, v), {}),
+        outcome(by_jacobian, [], (x, v), {}),
+    )
+
+    def nested(x: Tensor, v: Tensor) -> Tensor:
+        g = lambda d: {"u": (d["a"][0] * d["b"], f(d["a"][1]))}  # noqa: E731
+        at, along = {"a": (x, x.sin()), "b": x.exp()}, {"a": (v, v), "b": v.sin()}
+        u, moved = jvp(g, (at,), (along,))
+        (pulled,) = vjp(g, at)[1](moved)
+        total = (moved["u"][0] * u["u"][1] + moved["u"][1]).square().sum()
+        return total + (pulled["a"][0] * pulled["b"]).sum() + pulled["a"][1].square().sum()
+
+    check(nested, [], x, v)
+
+
+def test_data_and_jacobian_with_norm() -> None:
+    """D1, also by finite differences."""
+    make = lambda: nn.Sequential(  # noqa: E731
+        nn.Linear(2, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 2)
+    )
+    y = _points(10, 2).detach().cos()
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (net(x) - y).square().mean() + squares(jacfwd(net)(x))
+
+    def reference(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (net(x) - y).square().mean() + _jacobian_reference(net, x)
+
+    written = with_written_norms(_seeded(make))
+    expected = outcome(reference, [written], (_points(10, 2), y), {})
+    decorated = optimize_nested(loss, backend="eager")
+    mine = outcome(decorated, [_seeded(make)], (_points(10, 2), y), {})
+    assert_same(mine, expected)
+    assert mine.buffers["0.2.num_batches_tracked"] == 2
+
+    def value(step: float) -> float:
+        x = _points(10, 2).detach()
+        x[3, 1] += step
+        return decorated(_seeded(make), x.requires_grad_(), y).item()
+
+    difference = (value(1e-5) - value(-1e-5)) / 2e-5
+    assert abs(difference - mine.grads["argument 0"][3, 1].item()) < 1e-7
+
+
+# Which test has which of the cases.
+CASES = {
+    "test_with_respect_to_inputs": "I1 I2 I3 I4 I5 I6 I7 I8",
+    "test_with_respect_to_parameters": "P1 P2 P3 P4 P5 P6 P7 P8",
+    "TestProducts": "V1 V2 V3 V4 B1 B2 B3 B4 F1",
+    "test_batched_jacobian_of_a_square": "B5",
+    "test_layer_with_a_jacobian_inside": "S1",
+    "test_value_and_gradient": "E1",
+    "test_widths": "F2",
+    "test_batch_dimension_dropped": "F3",
+    "test_structures_of_inputs": "F4",
+    "test_data_and_jacobian_with_norm": "D1",
+    "test_data_and_jacobian": "D2",
+    "test_match_a_derivative": "D3",
+    "test_squared_parameter_jacobian": "D4",
+    "test_hutchinson_three_ways": "D5",
+    "test_jacobian_returned_in_a_tuple": "U1",
+    "test_two_inputs": "U2",
+    "test_linear_layer": "U3",
+    "test_worked_example": "H1",
+}
+
+
+def test_no_case_is_missing() -> None:
+    assert all(name in globals() for name in CASES)
+    numbers = {"I": 8, "P": 8, "V": 4, "B": 5, "S": 1, "E": 1, "F": 4, "D": 5, "U": 3, "H": 1}
+    expected = {f"{letter}{k}" for letter, n in numbers.items() for k in range(1, n + 1)}
+    assert {name for names in CASES.values() for name in names.split()} == expected

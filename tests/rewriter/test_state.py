@@ -47,6 +47,20 @@ def along_by_autograd(net: nn.Module, x: Tensor) -> Tensor:
     return functional.jvp(net, x, x.sin(), create_graph=True)[1].square().sum()
 
 
+def pulled(net: nn.Module, x: Tensor) -> Tensor:
+    u, pull = torch.func.vjp(net, x)
+    return pull(2 * u)[0].square().sum()
+
+
+def whole_hessian(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.hessian(lambda z: net(z).square().sum())(x).square().sum()
+
+
+def whole_hessian_by_autograd(net: nn.Module, x: Tensor) -> Tensor:
+    energy = lambda z: net(z).square().sum()  # noqa: E731
+    return functional.hessian(energy, x, create_graph=True).square().sum()
+
+
 @pytest.mark.parametrize(
     ("loss", "reference"),
     [
@@ -54,8 +68,10 @@ def along_by_autograd(net: nn.Module, x: Tensor) -> Tensor:
         (lambda net, x: torch.func.jacrev(net)(x).square().sum(), whole_jacobian),
         (lambda net, x: torch.func.jacfwd(net)(x).square().sum(), whole_jacobian),
         (along, along_by_autograd),
+        (pulled, by_autograd),
+        (whole_hessian, whole_hessian_by_autograd),
     ],
-    ids=["grad", "jacrev", "jacfwd", "jvp"],
+    ids=["grad", "jacrev", "jacfwd", "jvp", "vjp", "hessian"],
 )
 def test_batch_norm_in_train_mode(
     loss: Callable[..., Tensor], reference: Callable[..., Tensor]
@@ -67,6 +83,37 @@ def test_batch_norm_in_train_mode(
     written = with_written_norms(batch_norm_net())
     mine = outcome(optimize_nested(loss, backend="eager"), [net], (x,), {})
     assert_same(mine, outcome(reference, [written], (x,), {}))
+    assert mine.buffers["0.1.num_batches_tracked"] == 1
+
+
+def linearized(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.linearize(net, x)[1](x.sin()).square().sum()
+
+
+def test_batch_norm_linearized() -> None:
+    written = with_written_norms(batch_norm_net())
+    decorated = optimize_nested(linearized, backend="eager")
+    mine = outcome(decorated, [batch_norm_net()], (points(),), {})
+    assert_same(mine, outcome(along_by_autograd, [written], (points(),), {}))
+    assert mine.buffers["0.1.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_whole_jacobian_of_a_layer_that_mixes_the_batch(vectorize: bool) -> None:
+    """Seeds are batched, points are not: nothing is in the way."""
+
+    def by_seeds(net: nn.Module, x: Tensor) -> Tensor:
+        if vectorize:
+            return functional.jacobian(net, x, create_graph=True, vectorize=True).square().sum()
+        p = x.detach().requires_grad_()
+        seeds = torch.eye(6, dtype=x.dtype)[..., None]
+        (rows,) = grad(net(p), p, seeds, create_graph=True, is_grads_batched=True)
+        return rows.square().sum()
+
+    written = with_written_norms(batch_norm_net())
+    decorated = optimize_nested(by_seeds, backend="eager")
+    mine = outcome(decorated, [batch_norm_net()], (points(),), {})
+    assert_same(mine, outcome(by_seeds, [written], (points(),), {}))
     assert mine.buffers["0.1.num_batches_tracked"] == 1
 
 
