@@ -272,7 +272,8 @@ def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any
     """
 
     def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if getattr(self.fn_cls.backward, "__globals__", None) is once_differentiable.__globals__:
+        once = getattr(self.fn_cls.backward, "__globals__", None) is once_differentiable.__globals__
+        if once and torch.is_grad_enabled() and any(_requires_grad(x) for x in args):
             trace.refuse("a user-defined autograd.Function that is once_differentiable")
         args = _told_apart(tx, args)
         if self.fn_cls.jvp is torch.autograd.Function.jvp:
@@ -283,6 +284,10 @@ def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any
         return original(type(self)(stand_in, source=self.source), tx, args, kwargs)
 
     return call_apply
+
+
+def _requires_grad(argument: Any) -> bool:
+    return isinstance(argument, TensorVariable) and argument.requires_grad
 
 
 def _told_apart(tx: Any, arguments: Any) -> list[Any]:

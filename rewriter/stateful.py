@@ -79,7 +79,13 @@ def write_outside(name: str, x: Tensor, *arguments: Any, **options: Any) -> Tens
     if any(isinstance(item, Tensor) and _is_batched(item) for item in arguments):
         raise RuntimeError(MIXES)
     plain = [_unwrapped(item) for item in arguments]
-    with temporarily_clear_interpreter_stack(), torch.no_grad():
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch.no_grad(),
+        # As in PyTorch's own kernel: a layer called outside keeps the statistics for its pullback,
+        # does not read them in train mode, and would find them changed.
+        torch.autograd._unsafe_preserve_version_counter(x),
+    ):
         getattr(x, name)(*plain, **options)
         return x.new_zeros(())
 

@@ -69,6 +69,7 @@ BODIES: dict[str, Body] = {
     "uniform": lambda u: u**2 * torch.empty_like(u).uniform_(-1, 1),
     "poisson": lambda u: u**2 * torch.poisson(u.exp()),
     "permuted": lambda u: u[torch.randperm(4)] ** 2 * u,
+    "beta": lambda u: u**2 * torch.distributions.Beta(2.0, 3.0).sample(),
     "integers": lambda u: u.roll(1, 0) * u * torch.randint(0, 3, (4, 2)),
 }  # fmt: skip
 
