@@ -383,7 +383,7 @@ def test_batch_dimension_dropped() -> None:
 
     check(lambda x: rows(x, False), [], x)
     for loss in (rows, optimize_nested(rows, backend="eager")):
-        with pytest.raises(RuntimeError, match="is_grads_batched=True.* a mismatch was detected"):
+        with pytest.raises(RuntimeError, match=r"is_grads_batched=True.* a mismatch was detected"):
             loss(x, True)
 
 
