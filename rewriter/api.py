@@ -45,10 +45,9 @@ class OptimizedLoss(Specialising):
             return self.as_written(*args, **kwargs)
 
     @property
-    def _how(self) -> str:
-        """What is done with a call that is not captured, in words."""
+    def _also(self) -> str:
         captured = ", ".join(sorted({forward.name for forward in self._layers.captured}))
-        return f"is captured by layer ({captured})" if captured else "runs as written"
+        return f"; captured by layer: {captured}" if captured else ""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else _BoundLoss(self, instance)

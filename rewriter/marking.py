@@ -62,6 +62,7 @@ class Marking(Interpreter):
         self.functions: list[UserFunction] = []
         self.depth = 0
         self.grad_enabled = True
+        self.grad_outside: list[bool] = []
         self.vmaps: list[tuple[int, int]] = []
         self.level_at: dict[int, int] = {}
         self.duals: list[list[tuple[Tensor, Tensor]]] = []
@@ -82,7 +83,7 @@ class Marking(Interpreter):
             eager_transforms._autograd_grad: self._func_grad,
             eager_transforms._set_tensor_requires_grad: lambda x: x,
             _C._wrap_for_grad: lambda x, level: self._point(x),
-            predispatch._unwrap_for_grad: lambda x, level: x,
+            predispatch._unwrap_for_grad: lambda x, level: self._unwrap(x),
             _C._grad_increment_nesting: self._enter,
             _C._grad_decrement_nesting: self._leave,
             _C.set_inplace_requires_grad_allowed: lambda allowed: None,
@@ -181,6 +182,7 @@ class Marking(Interpreter):
             "depth",
             "grad_enabled",
             "switched",
+            "grad_outside",
             "vmaps",
             "level_at",
             "duals",
@@ -319,9 +321,17 @@ class Marking(Interpreter):
 
     def _enter(self) -> None:
         self.depth += 1
+        self.grad_outside.append(self.grad_enabled)
 
     def _leave(self) -> None:
         self.depth -= 1
+        self.grad_outside.pop()
+
+    def _unwrap(self, x: Any) -> Any:
+        """Leave a transform that switches gradients on for itself: what is computed in it carries
+        none if they are off outside."""
+        stops = not all(self.grad_outside) and not requires_grad(example_of(self.node_running))
+        return stop_mark(x) if stops and _is_float_tensor(x) else x
 
     def _enter_jvp(self) -> None:
         if not self.grad_enabled:

@@ -139,16 +139,16 @@ class Specialising(ABC):
         self._refused[_signature(args, kwargs)] = refusal
         if not self.quiet:
             warnings.warn(
-                f"{self.name} {self._how}: {refusal.reason} (at {refusal.where})",
+                f"{self.name} runs as written: {refusal.reason} (at {refusal.where}){self._also}",
                 NestedGradientWarning,
                 stacklevel=4,
             )
         return value
 
     @property
-    def _how(self) -> str:
-        """What is done with a call that is not captured, in words."""
-        return "runs as written"
+    def _also(self) -> str:
+        """What is done for a call that is not captured, to be said after the reason."""
+        return ""
 
     def _run_uncaptured(self, args: Any, kwargs: Any) -> Any:
         return self.as_written(*args, **kwargs)

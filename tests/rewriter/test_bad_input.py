@@ -75,7 +75,7 @@ def test_wrong_value(option: str, value: Any) -> None:
         optimize_nested(penalty, **{option: value})
 
 
-@pytest.mark.parametrize("thing", [3, nn.Linear(2, 2), nn.Linear])
+@pytest.mark.parametrize("thing", [3, "loss", Tensor])
 def test_not_a_function(thing: Any) -> None:
     with pytest.raises(TypeError, match="expected a loss function"):
         optimize_nested(thing)
@@ -169,7 +169,7 @@ def test_not_capturable(x: Tensor) -> None:
         NestedGradientWarning, match=r"host_code runs as written: .*test_bad_input.py:\d+"
     ):
         value = loss(net, x)
-    assert torch.equal(value.detach(), host_code(net, x).detach())
+    assert torch.allclose(value.detach(), host_code(net, x).detach(), rtol=1e-12)
     loss(net, x)  # a second warning would be an error
     assert not loss.explain(net, x).captured
     with pytest.raises(CaptureError, match=r"test_bad_input.py:\d+"):
@@ -191,7 +191,7 @@ def test_write_to_a_parameter(x: Tensor) -> None:
     loss(other, x).backward()
     for mine, reference in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, reference)
-        assert mine.grad is reference.grad or torch.equal(mine.grad, reference.grad)
+        assert mine.grad is reference.grad or torch.allclose(mine.grad, reference.grad, rtol=1e-12)
 
 
 def test_no_compiler(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
