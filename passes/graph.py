@@ -12,7 +12,9 @@ from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
-_TORCH = os.path.dirname(torch.__file__)
+_ROOT = os.path.dirname(os.path.dirname(__file__))
+# Frames that are not the user's: PyTorch's, and our Python that stands in for it.
+_NOT_THE_USERS = (os.path.dirname(torch.__file__), os.path.join(_ROOT, "rewriter"))
 _SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -78,7 +80,7 @@ def where(node: Node) -> str:
         if not line.startswith("File "):
             continue
         path, _, rest = line.removeprefix('File "').partition('", line ')
-        if found == "?" or not path.startswith(_TORCH):
+        if found == "?" or not path.startswith(_NOT_THE_USERS):
             found = f"{path}:{rest.split(',')[0]}: {code}"
     return found
 

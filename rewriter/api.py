@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -95,6 +96,24 @@ class OptimizedLoss(Specialising):
             *captured,
             *(f"{f.name}: as written, {f.refusals[0]}" for f in self._layers.refused),
         )
+
+    def __copy__(self) -> OptimizedLoss:
+        """Return itself, as a function does."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> OptimizedLoss:
+        """Return itself, as a function does."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Pickle by name, as a function does; one that does not bear its function's name, by the
+        function and the options."""
+        found: Any = sys.modules.get(getattr(self.as_written, "__module__", ""))
+        for part in getattr(self.as_written, "__qualname__", "").split("."):
+            found = getattr(found, part, None)
+        if found is self:
+            return self.as_written.__qualname__
+        return OptimizedLoss, (self.as_written, self.options)
 
     def __repr__(self) -> str:
         return f"<optimize_nested {self.as_written!r}, {len(self.steps)} specialisations>"

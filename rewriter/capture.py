@@ -287,7 +287,7 @@ def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any
 
 
 def _requires_grad(argument: Any) -> bool:
-    return isinstance(argument, TensorVariable) and argument.requires_grad
+    return isinstance(argument, TensorVariable) and argument.requires_grad is True
 
 
 def _told_apart(tx: Any, arguments: Any) -> list[Any]:

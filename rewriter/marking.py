@@ -62,11 +62,12 @@ class Marking(Interpreter):
         self.functions: list[UserFunction] = []
         self.depth = 0
         self.grad_enabled = True
-        self.grad_outside: list[bool] = []
         self.vmaps: list[tuple[int, int]] = []
         self.level_at: dict[int, int] = {}
         self.duals: list[list[tuple[Tensor, Tensor]]] = []
         self.own_dual_level = False
+        self.enabled_outside = True
+        self.inside: set[Node] = set()
         self.memory = Memory(captured.graph)
         inputs = placeholders(captured.graph)
         changed = {
@@ -83,7 +84,7 @@ class Marking(Interpreter):
             eager_transforms._autograd_grad: self._func_grad,
             eager_transforms._set_tensor_requires_grad: lambda x: x,
             _C._wrap_for_grad: lambda x, level: self._point(x),
-            predispatch._unwrap_for_grad: lambda x, level: self._unwrap(x),
+            predispatch._unwrap_for_grad: lambda x, level: x,
             _C._grad_increment_nesting: self._enter,
             _C._grad_decrement_nesting: self._leave,
             _C.set_inplace_requires_grad_allowed: lambda allowed: None,
@@ -138,6 +139,7 @@ class Marking(Interpreter):
                 "an in-place write under no_grad to a tensor that requires grad", where(n)
             )
         self.memory.check_write(n)
+        self._stop_what_a_transform_returns(n)
         try:
             out = super().run_node(n)
         except (CaptureError, NeedsBatchedPoint):
@@ -151,6 +153,20 @@ class Marking(Interpreter):
         stops = n.op not in ("placeholder", "get_attr") and self._stops(n)
         self.memory.add(n, copied=stops or n.target in _COPIES)
         return pytree.tree_map_only(Tensor, _stopped, out) if stops else out
+
+    def _stop_what_a_transform_returns(self, node: Node) -> None:
+        """Stop, where it is read outside, what a transform under `no_grad` has computed: inside of
+        it gradients are on, so that nothing was stopped there."""
+        if self.depth:
+            if not self.enabled_outside:
+                self.inside.add(node)
+            return
+        self.enabled_outside = self.grad_enabled
+        for read in self.inside.intersection(node.all_input_nodes):
+            if not requires_grad(example_of(read)):
+                self.env[read] = pytree.tree_map_only(Tensor, _stopped, self.env[read])
+                self.memory.add(read, copied=True)
+            self.inside.discard(read)
 
     def _stops(self, node: Node) -> bool:
         """Whether a gradient that comes into a node does not leave it."""
@@ -182,7 +198,6 @@ class Marking(Interpreter):
             "depth",
             "grad_enabled",
             "switched",
-            "grad_outside",
             "vmaps",
             "level_at",
             "duals",
@@ -321,17 +336,9 @@ class Marking(Interpreter):
 
     def _enter(self) -> None:
         self.depth += 1
-        self.grad_outside.append(self.grad_enabled)
 
     def _leave(self) -> None:
         self.depth -= 1
-        self.grad_outside.pop()
-
-    def _unwrap(self, x: Any) -> Any:
-        """Leave a transform that switches gradients on for itself: what is computed in it carries
-        none if they are off outside."""
-        stops = not all(self.grad_outside) and not requires_grad(example_of(self.node_running))
-        return stop_mark(x) if stops and _is_float_tensor(x) else x
 
     def _enter_jvp(self) -> None:
         if not self.grad_enabled:

@@ -157,7 +157,7 @@ class _StepFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.step, ctx.inputs = step, inputs
         ctx.versions = [x._version if isinstance(x, Tensor) else None for x in inputs]
-        ctx.generator = torch.get_rng_state() if step.is_random else None
+        ctx.generator = _generators() if step.is_random else None
         outputs, rest = step.forward(inputs)
         for position in step.roles.updated:
             ctx.versions[position] = inputs[position]._version
@@ -197,6 +197,11 @@ class _StepFunction(torch.autograd.Function):
         return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
 
 
+def _generators() -> tuple[Tensor, list[Tensor] | None]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda
+
+
 def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor | None) -> list[Tensor | None]:
     """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and
     change them."""
@@ -233,7 +238,10 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
         inputs[position] = inputs[position].detach().clone()
     with torch.random.fork_rng(enabled=ctx.generator is not None):
         if ctx.generator is not None:
-            torch.set_rng_state(ctx.generator)
+            cpu, cuda = ctx.generator
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state_all(cuda)
         with levels_restored():
             outputs = list(step.rewritten.captured(*inputs))
     pairs = [

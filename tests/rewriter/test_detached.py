@@ -51,6 +51,18 @@ def under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
     return weight * slope(net, x).square().sum()
 
 
+def read_after_no_grad(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = torch.func.grad(lambda z: net(z).sum())(x)
+    return (weight.square() * slope(net, x)).sum()
+
+
+def per_sample_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = torch.func.vmap(torch.func.grad(lambda z: net(z).sum()))(x)
+    return (weight * slope(net, x)).sum()
+
+
 def data(net: nn.Module, x: Tensor) -> Tensor:
     return (slope(net, x).data * net(x).sum()).sum()
 
@@ -61,7 +73,16 @@ def forward_mode(net: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "loss",
-    [no_create_graph, detached, number, under_no_grad, data, forward_mode],
+    [
+        no_create_graph,
+        detached,
+        number,
+        under_no_grad,
+        read_after_no_grad,
+        per_sample_under_no_grad,
+        data,
+        forward_mode,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_said_once_and_right(loss: Loss) -> None:

@@ -274,5 +274,5 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
         return [u * 1.01 if u is not None else None for u in original(self, *inputs)]
 
     monkeypatch.setattr(CompiledLevel, "__call__", wrong)
-    with pytest.raises(CheckFailed, match="check=True: .* differs"):
+    with pytest.raises(CheckFailed, match=r"check=True: .* differs"):
         optimize_nested(small(), backend="eager", check=True)(x)

@@ -106,9 +106,6 @@ def test_copy_of_a_model_with_a_decorated_method(copied: Callable[[Any], Any]) -
     assert model.state_dict().keys() == other.state_dict().keys()
 
 
-decorated = optimize_nested(penalty, backend="eager")
-
-
 class Trainer:
     """An object that holds a decorated loss as an attribute."""
 
@@ -240,3 +237,23 @@ def test_loaded_state() -> None:
     net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True)
     net.requires_grad_()
     assert_equal(gradients(loss, net, points()), gradients(penalty, net, points()))
+
+
+@optimize_nested(backend="eager")
+def by_name(net: nn.Module, x: Tensor) -> Tensor:
+    """A decorated loss that a module holds under its own name."""
+    return net(x).square().sum()
+
+
+def plain(net: nn.Module, x: Tensor) -> Tensor:
+    """A loss that is decorated under another name."""
+    return net(x).square().sum()
+
+
+def test_a_decorated_loss_is_copied_and_pickled_like_a_function() -> None:
+    assert copy.deepcopy(by_name) is by_name and copy.copy(by_name) is by_name
+    assert pickle.loads(pickle.dumps(by_name)) is by_name
+    other = pickle.loads(pickle.dumps(optimize_nested(plain, backend="eager", strict=True)))
+    assert other.as_written is plain and other.options.strict
+    net, x = nn.Linear(2, 1), torch.ones(3, 2)
+    assert torch.equal(other(net, x), plain(net, x))
