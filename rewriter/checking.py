@@ -135,8 +135,9 @@ class _Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.name} differs from the loss as written: {self.ours!r} here, {self.reference!r} as "
-            f"written in float64 (error {self.error:.3g}, allowed {self.allowed:.3g})"
+            f"{self.name} differs from the loss as written: {self.ours!r} here, "
+            f"{self.reference!r} as written in float64 (error {self.error:.3g}, allowed "
+            f"{self.allowed:.3g})"
         )
 
     @property
