@@ -55,6 +55,7 @@ from rewriter.stateful import (
     is_inside_forward_mode,
     is_inside_transform,
     is_wrapped,
+    levels_restored,
     write_outside,
 )
 from rewriter.substitutes import (
@@ -439,6 +440,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         owner, name = _setattr_of_dynamo()
         stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))
+        stack.enter_context(levels_restored())
         token = _is_capturing.set(True)
         try:
             yield

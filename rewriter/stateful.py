@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_A: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 
 MIXES = (
@@ -45,10 +46,10 @@ def levels_restored() -> Iterator[None]:
     """Close the transforms and the dual level that the block has opened, if it raises.
 
     A captured graph opens and closes them as steps of its own; what it leaves open would make every
-    later use of forward mode in this process an error.
+    later use of forward mode, or of hooks on saved tensors (checkpoints), an error in this process.
     """
     depth, was_open = _C.get_dynamic_layer_stack_depth(), _is_dual_level_open()
-    forward = torch._C._is_fwd_grad_enabled()
+    forward, hooks = torch._C._is_fwd_grad_enabled(), _A._saved_tensors_hooks_is_enabled()
     try:
         yield
     except BaseException:
@@ -56,6 +57,8 @@ def levels_restored() -> Iterator[None]:
         if not was_open and _is_dual_level_open():
             predispatch._exit_dual_level(level=0)
         torch._C._set_fwd_grad_enabled(forward)
+        if hooks:
+            _A._saved_tensors_hooks_enable()
         raise
 
 

@@ -158,6 +158,8 @@ def compare(
         mine = _rewritten(decorated, net, args)
         if absent_is_zero:
             mine = replace(mine, grads=_without_zeros(mine.grads, exact.grads))
+        if decorated._by_pullbacks:  # forward mode's zeros are what pullbacks do not reach
+            exact = replace(exact, grads=_without_zeros(exact.grads, mine.grads))
         try:
             if dtype is torch.float64:
                 assert_same(mine, exact)

@@ -429,14 +429,18 @@ def symbolic(function: Any, *inputs: Tensor) -> GraphModule:
     return module
 
 
-def test_zero_of_symbolic_size_is_refused() -> None:
+def test_zero_of_symbolic_size() -> None:
+    """A derivative of what does not depend on the point is zero, in the size of each call."""
+
     def function(x: Tensor, y: Tensor) -> Tensor:
         p = leaf_mark(x)
         u = y.sin()
-        return gradient_mark([u], [p], [torch.ones_like(u)], 0)[0].sum()
+        return gradient_mark([u], [p], [torch.ones_like(u)], 0)[0] + x.cos()
 
-    with pytest.raises(NotNested, match="of symbolic size"):
-        nest(symbolic(function, random_points(5), random_points(4)))
+    module = symbolic(function, random_points(5), random_points(4))
+    nest(module)
+    x = random_points(7)
+    torch.testing.assert_close(module(x, random_points(4))[0], x.cos())
 
 
 def test_symbolic_sizes() -> None:
@@ -459,11 +463,43 @@ def test_symbolic_sizes() -> None:
 # Random draws
 
 
-def test_draw_that_depends_on_the_point_is_refused(inputs: list[Tensor]) -> None:
+def test_draw_that_depends_on_the_point_is_in_the_body(inputs: list[Tensor]) -> None:
+    """It is drawn once, with the draws that the body reads after it; the order is that written."""
+
     def loss(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
         p = m.leaf(x)
-        u = net(p, w)
-        return m.gradient(u * torch.bernoulli(u.sigmoid()), p).sum()
+        first = torch.rand(5, 3, dtype=x.dtype)
+        u = net(p, w) * first
+        one = torch.bernoulli(u.sigmoid())
+        two = torch.rand(5, 3, dtype=x.dtype)
+        g = m.gradient(u * one * two, p)
+        return (g * torch.rand(5, 3, dtype=x.dtype)).sum() + two.sum()
+
+    module = nested(flat_graph(loss, *inputs))
+    (node,) = sites(module)
+    body = body_of(module, node)
+    assert calls(body, aten.bernoulli.default) == 1 and calls(body, aten.rand.default) == 1
+    assert calls(module, aten.rand.default) == 2
+
+    def eager(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        u = net(p, w) * torch.rand(5, 3, dtype=x.dtype)
+        v = u * torch.bernoulli(u.sigmoid()) * (two := torch.rand(5, 3, dtype=x.dtype))
+        (g,) = torch.autograd.grad(v.sum(), p)
+        return (g * torch.rand(5, 3, dtype=x.dtype)).sum() + two.sum()
+
+    torch.manual_seed(5)
+    expected = eager(*inputs)
+    torch.manual_seed(5)
+    torch.testing.assert_close(module(*inputs)[0], expected.detach())
+
+
+def test_draw_that_two_derivatives_need_is_refused(inputs: list[Tensor]) -> None:
+    def loss(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
+        p, q = m.leaf(x), m.leaf(c)
+        u = net(p, w) * net(q, w)
+        v = u * torch.bernoulli(u.sigmoid())
+        return m.gradient(v, p).sum() + m.gradient(v.sin(), q).sum()
 
     with pytest.raises(NotNested, match=r"a random draw .*bernoulli.* depends on the point"):
         nest(flat_graph(loss, *inputs))
