@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 # also makes a failing one smaller (minutes).
 settings.register_profile(
     "tests",
-    max_examples=22,
+    max_examples=32,
     derandomize=True,
     database=None,
     deadline=None,

@@ -191,6 +191,8 @@ def _rewritten(decorated: Any, net: nn.Module, args: tuple[Tensor, ...]) -> Outc
         # Another says that a derivative enters the loss as a constant, which is often meant here.
         warnings.simplefilter("ignore", NestedGradientWarning)
         warnings.filterwarnings("error", ".* runs as written", NestedGradientWarning)
+        # A norm layer by its formula, of no samples.
+        warnings.filterwarnings("ignore", ".*degrees of freedom is <= 0", UserWarning)
         try:
             return outcome(decorated, [net], args, {})
         except NestedGradientWarning as warning:
