@@ -48,9 +48,9 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorM
         inputs: Fake tensors and symbolic sizes, the graph's inputs; they are not changed.
         mode: The mode of the fake tensors.
     """
-    return _functional(
-        _record(function, inputs, mode, decompositions()), inputs, mode, decompositions
-    )
+    with torch._C._DisableAutocast():  # casts are in the graph since it was flat
+        module = _record(function, inputs, mode, decompositions())
+        return _functional(module, inputs, mode, decompositions)
 
 
 def trace_before_autograd(
@@ -69,9 +69,9 @@ def trace_differentiable(
 ) -> GraphModule:
     """Record what ``function(*inputs)`` computes, derivatives included, to be differentiated once
     more: operators stay whole, those of PyTorch's derivative formulas too."""
-    return _functional(
-        _record(function, inputs, mode, before_autograd()), inputs, mode, before_autograd
-    )
+    with torch._C._DisableAutocast():
+        module = _record(function, inputs, mode, before_autograd())
+        return _functional(module, inputs, mode, before_autograd)
 
 
 def _functional(

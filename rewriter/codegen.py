@@ -33,7 +33,7 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
         strict: Let Inductor's own errors pass, instead of running the graph op by op.
     """
     if backend == "eager":
-        return module.forward
+        return _op_by_op(module)
     if not _has_compiler(module):
         warnings.warn(
             "optimize_nested: no C++ compiler was found, so the rewritten loss runs op by op. "
@@ -42,7 +42,7 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
             NestedGradientWarning,
             stacklevel=2,
         )
-        return module.forward
+        return _op_by_op(module)
     examples = [value_of(node) for node in placeholders(module.graph)]
     examples = [x.detach() if isinstance(x, Tensor) else x for x in examples]
     # The generator must end where eager leaves it, so draws are eager's own.
@@ -60,7 +60,17 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
                 NestedGradientWarning,
                 stacklevel=2,
             )
-            return module.forward
+            return _op_by_op(module)
+
+
+def _op_by_op(module: GraphModule) -> Compiled:
+    """Run a graph as it is: autocast around the call is in the graph already."""
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        with torch._C._DisableAutocast():
+            return module.forward(*inputs)
+
+    return run
 
 
 @torch.library.custom_op(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +225,34 @@ def test_inner_training_steps() -> None:
         return torch.func.functional_call(net, parameters, (x[3:],)).sin().mean()
 
     check(loss, [mlp(nn.Tanh, 3, 6, 3)], points())
+
+
+def test_autocast_around_the_call() -> None:
+    """Autocast of the call is part of what is captured, and ends with it, as in eager."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+    x = torch.randn(32, 16)
+
+    def step(loss: Any, net: nn.Module, x: Tensor) -> list[Tensor]:
+        own = copy.deepcopy(net)
+        value = loss(own, x)
+        value.backward()
+        return [value.detach(), *(p.grad for p in own.parameters() if p.grad is not None)]
+
+    def cast(loss: Any) -> Any:
+        def call(net: nn.Module, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return loss(net, x)
+
+        return call
+
+    loss = squared_gradient(lambda m, x: m(x))
+    exact = step(loss, copy.deepcopy(net).double(), x.double())
+    eager = step(cast(loss), net, x)
+    for decorated in (optimize_nested(loss, backend="eager"), loss):
+        fast = net if decorated is not loss else optimize_nested(net, backend="eager")
+        for mine, theirs, reference in zip(
+            step(cast(decorated), fast, x), eager, exact, strict=True
+        ):
+            assert mine.dtype == theirs.dtype
+            assert (mine - reference).abs().max() <= 2 * (theirs - reference).abs().max() + 1e-6
