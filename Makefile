@@ -30,10 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Train Burgers' equation as written and rewritten, side by side
 	$(BIN)/python examples/burgers.py --quick
 
-# One thread per test process: two processes share the machine.
+# One thread per test process: two processes share the machine, and what is left of the work.
 .PHONY: test
 test: setup ## Run the tests, two at a time (options for pytest: ARGS="-k name")
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # How many random programs `make fuzz` runs, shared out among the families in tests/programs.py.
 N ?= 1000
