@@ -106,7 +106,7 @@ class Step:
         with torch.no_grad():
             out = self._value(*inputs)
             self.update(inputs, out)
-        return _own(out[: self.roles.n_outputs], inputs)
+        return own_tensors(out[: self.roles.n_outputs], inputs)
 
     def forward(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Return the outputs, and the gradients or the residuals they need."""
@@ -115,7 +115,7 @@ class Step:
         assert self._forward is not None
         out = self._forward(*inputs)
         self.update(inputs, out)
-        return _own(out[: self.roles.n_outputs], inputs), out[self.n_early :]
+        return own_tensors(out[: self.roles.n_outputs], inputs), out[self.n_early :]
 
     def update(self, inputs: Sequence[Any], out: Sequence[Any]) -> None:
         """Write new values to the inputs that the loss writes to."""
@@ -137,7 +137,7 @@ class Step:
         return {i for end in reached if cotangents[end] is not None for i in reached[end]}
 
 
-def _own(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
+def own_tensors(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Give the caller tensors that share no memory with the inputs' by accident of
     simplification."""
     seen = {id(x) for x in inputs}

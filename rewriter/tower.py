@@ -14,6 +14,7 @@ from passes.levels import Cotangent, Level
 from passes.simplify.zeros import zero_nodes
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.options import Options
+from rewriter.step import own_tensors
 
 
 class CompiledLevel:
@@ -81,22 +82,15 @@ class _LevelFunction(torch.autograd.Function):
         held = {i: inputs[i] for i in level.kept}
         held |= {i: x.clone() for i in compiled.updated if isinstance(x := held.get(i), Tensor)}
         outputs, residuals = compiled.primal(inputs)
-        seen = {id(x) for x in inputs}
-        ends = []
-        for value in [*outputs, *residuals]:
-            if isinstance(value, Tensor) and (id(value) in seen or value._is_view()):
-                value = value.clone()
-            seen.add(id(value))
-            ends.append(value)
+        ends = own_tensors([*outputs, *residuals], inputs)
         ctx.compiled, ctx.n_inputs = compiled, len(inputs)
         ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         saved = [*held.values(), *ends[level.n_outputs :]]
         ctx.plain = [None if isinstance(value, Tensor) else value for value in saved]
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in saved))
-        ctx.like = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in ends]
         constant = (x for i, x in enumerate(ends) if i not in level.active)
         ctx.mark_non_differentiable(*(x for x in constant if isinstance(x, Tensor)))
-        return tuple(ends)
+        return ends
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -307,3 +307,9 @@ def mlp(
     sizes: list[Any] = [inputs, *[width] * (layers - 1)]
     inner = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), activation())]
     return nn.Sequential(*inner, nn.Linear(sizes[-1], 1)).double()
+
+
+def small_net() -> nn.Module:
+    """Return a network of three inputs and two outputs, in float64, the same in every run."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()

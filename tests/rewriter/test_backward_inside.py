@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import NestedGradientWarning, optimize_nested
+from tests.cases import small_net as net
 from tests.oracle import assert_same, check, outcome
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using backward\\(\\) with create_graph=True:UserWarning"  # eager's own
 )
 Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
 
 def points() -> Tensor:

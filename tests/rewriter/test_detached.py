@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from rewriter import NestedGradientWarning, NotRewritten, optimize_nested
+from tests.cases import small_net as net
 from tests.oracle import assert_same, check, outcome
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
 
 def points() -> Tensor:

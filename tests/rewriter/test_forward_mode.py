@@ -12,14 +12,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 
 from rewriter import NestedGradientWarning, optimize_nested
+from tests.cases import small_net as net
 from tests.oracle import assert_same, check, outcome, relative_error
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
 
 def points() -> Tensor:
