@@ -33,10 +33,10 @@ from passes.graph import (
     results,
     value_of,
 )
-from passes.joint import finish_joint
+from passes.joint import trace_value
 from passes.linearize import flatten_output
 from passes.markers import STOP
-from passes.tracing import example_inputs, fake_mode_of, trace, trace_differentiable
+from passes.tracing import example_inputs, fake_mode_of, trace_differentiable
 
 aten = torch.ops.aten
 
@@ -109,11 +109,11 @@ class Level:
         kept = [names[node.name] for node in self.residuals]
         output.args = ((*results(module.graph), *kept),)
         module.recompile()
-        return compilable(module)
+        return trace_value(module)
 
     def value(self) -> GraphModule:
         """Return ``inputs → (*outputs, *updates)``, ready to be compiled."""
-        return compilable(self.graph)
+        return trace_value(self.graph)
 
     def pullback(self, given: Sequence[Cotangent], needed: Sequence[int]) -> Level:
         """Return the next level: ``(*kept inputs, *residuals, *given cotangents) → (*gradients)``.
@@ -134,19 +134,6 @@ class Level:
         constant = {n_kept + i for i in range(len(self.residuals)) if not self._moves(i)}
         wanted = tuple(i for i, n in enumerate(taken) if is_float(n) and i not in constant)
         return Level(module, len(needed), wanted, residuals)
-
-
-def compilable(module: GraphModule) -> GraphModule:
-    """Trace a graph of whole operators, which may hold derivatives, into a simplified one."""
-    examples = example_inputs(module)
-
-    def run(*values: Any) -> list[Any]:
-        with torch.no_grad():
-            return list(Interpreter(module).run(*values))
-
-    traced = trace(run, examples, fake_mode_of(examples))
-    finish_joint(traced)
-    return traced
 
 
 # Beside pointwise operators: what costs nothing to do again.
