@@ -5,6 +5,10 @@ expensive operators, and they count as outputs: level 1 is the pullback ``(u, r,
 ``u ↦ (y, r)``, in which everything cheap is computed again from ``r``. Level 1 is a function like
 any other, so its pullback is level 2, and so on.
 
+Forward mode is the pullback of the pullback in its cotangent, ``ẏ = ∂(ȳᵀJu̇)/∂ȳ``, which is linear in
+both, so that only the tangent is left; under a `torch.func.vmap` a level is the vmap of its graph.
+Both are levels too.
+
 What level 2 sends back to ``r`` meets the cotangent of ``y`` in one sweep of level 1: a gradient
 penalty with a data loss costs one pass for ``f``, one for its input gradient, two for the pullback
 of that and two for the sweep.
@@ -15,7 +19,7 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +40,7 @@ from passes.graph import (
 from passes.joint import trace_value
 from passes.linearize import flatten_output
 from passes.markers import STOP
-from passes.tracing import example_inputs, fake_mode_of, trace_differentiable
+from passes.tracing import example_inputs, fake_mode_of, over_batch, trace_differentiable
 
 aten = torch.ops.aten
 
@@ -47,6 +51,10 @@ class Cotangent(enum.Enum):
     ABSENT = 0
     GIVEN = 1
     ZERO = 2
+
+
+class CannotBatch(RuntimeError):
+    """An operator has no batching rule."""
 
 
 class Level:
@@ -83,6 +91,10 @@ class Level:
         kept = tuple(i for i in range(n_inputs) if read[i])
         return residuals, kept, frozenset(i for i, end in enumerate(ends) if end in live)
 
+    def prepare(self) -> None:
+        """Find out what is kept; later calls cost nothing."""
+        assert self._saved
+
     @property
     def residuals(self) -> list[Node]:
         """The nodes of ``graph`` that the pullback reads, beside the inputs."""
@@ -101,15 +113,19 @@ class Level:
     def _moves(self, residual: int) -> bool:
         return self.n_outputs + residual in self.active
 
-    def primal(self) -> GraphModule:
-        """Return ``inputs → (*outputs, *updates, *residuals)``, ready to be compiled."""
+    def _with_residuals(self) -> GraphModule:
+        """Return ``inputs → (*outputs, *updates, *residuals)``, whole operators."""
         module = copy_graph(self.graph)
         names = {node.name: node for node in module.graph.nodes}
         output = module.graph.output_node()
         kept = [names[node.name] for node in self.residuals]
         output.args = ((*results(module.graph), *kept),)
         module.recompile()
-        return trace_value(module)
+        return module
+
+    def primal(self) -> GraphModule:
+        """Return ``inputs → (*outputs, *updates, *residuals)``, ready to be compiled."""
+        return trace_value(self._with_residuals())
 
     def value(self) -> GraphModule:
         """Return ``inputs → (*outputs, *updates)``, ready to be compiled."""
@@ -123,6 +139,19 @@ class Level:
             needed: Positions of the inputs whose gradients are asked for.
         """
         module, _ = _pulled_back(self, self.residuals, given, needed)
+        return self._above(module, len(needed))
+
+    def pushforward(self, given: Sequence[int]) -> Level:
+        """Return ``(*kept inputs, *residuals, *tangents) → (*tangents of outputs and residuals)``.
+
+        Args:
+            given: Positions of the inputs that have a tangent; the others' are zero.
+        """
+        module = _pushed_forward(self, given)
+        return self._above(module, self.n_outputs + len(self.residuals))
+
+    def _above(self, module: GraphModule, n_outputs: int) -> Level:
+        """Make a level of a graph that takes this level's inputs and residuals and more."""
         n_inputs = len(placeholders(self.graph.graph))
         for index, node in enumerate(placeholders(module.graph)):
             if index < n_inputs and index not in self.kept:
@@ -133,7 +162,47 @@ class Level:
         residuals = range(n_kept, n_kept + len(self.residuals))
         constant = {n_kept + i for i in range(len(self.residuals)) if not self._moves(i)}
         wanted = tuple(i for i, n in enumerate(taken) if is_float(n) and i not in constant)
-        return Level(module, len(needed), wanted, residuals)
+        return Level(module, n_outputs, wanted, residuals)
+
+    def batched(self, size: int | torch.SymInt, over: Sequence[int]) -> tuple[Level, list[bool]]:
+        """Return this level for a batch: outputs and residuals are the outputs of the new one.
+
+        Args:
+            size: How many there are.
+            over: Positions of the inputs that are batched, in their first dimension.
+
+        Returns:
+            The level, and for each of its outputs whether it is batched (in its first dimension).
+
+        Raises:
+            CannotBatch: An operator has no batching rule.
+        """
+        module = self._with_residuals()
+        inputs = example_inputs(self.graph)
+        mode = fake_mode_of(inputs)
+        with mode:
+            for i in over:
+                x = inputs[i]
+                inputs[i] = torch.empty((size, *x.shape), dtype=x.dtype, device=x.device)
+        is_batched: list[bool] = []
+
+        def run(*values: Any) -> list[Any]:
+            in_dims = tuple(0 if i in over else None for i in range(len(values)))
+            interpreter = _Batchable(module)
+            out, dims = over_batch(lambda *v: interpreter.run(*v), in_dims, size)(*values)
+            is_batched[:] = [dim is not None for dim in dims]
+            return [
+                x if dim is None else x.movedim(dim, 0) for x, dim in zip(out, dims, strict=True)
+            ]
+
+        try:
+            batched = trace_differentiable(run, inputs, mode)
+        except RuntimeError as error:
+            raise CannotBatch(str(error)) from error
+        flatten_output(batched.graph)
+        _drop_detach(batched.graph)
+        finish(batched)
+        return Level(batched, len(is_batched), self.wanted, self.residual_inputs), is_batched
 
 
 # Beside pointwise operators: what costs nothing to do again.
@@ -165,6 +234,26 @@ def _is_expensive(node: Node) -> bool:
     return torch.Tag.pointwise not in getattr(source.target, "tags", ())
 
 
+class _Batchable(Interpreter):
+    """Run a graph inside of a vmap."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is aten.as_strided_scatter.default:
+            return _scatter_strided(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _scatter_strided(
+    x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Tensor:
+    """Do what ``x.as_strided_scatter(...)`` does, by operators that have batching rules."""
+    index = torch.full(tuple(size), offset or 0, device=x.device)
+    for dim, (n, step) in enumerate(zip(size, stride, strict=True)):
+        shape = [n if i == dim else 1 for i in range(len(size))]
+        index = index + step * torch.arange(n, device=x.device).reshape(shape)
+    return x.reshape(-1).scatter(0, index.reshape(-1), source.reshape(-1)).reshape(x.shape)
+
+
 class _Recorder(Interpreter):
     """Run a graph and keep the values of some nodes."""
 
@@ -194,61 +283,105 @@ def _pulled_back(
     Returns:
         The graph, and the positions of the outputs and residuals that carry a derivative.
     """
-    inputs = example_inputs(level.graph)
-    mode = fake_mode_of(inputs)
     like = [*results(level.graph.graph)[: level.n_outputs], *residuals]
     if given is None:
         given = [Cotangent.GIVEN if is_float(node) else Cotangent.ABSENT for node in like]
-    with mode:
-        cotangents = [
-            torch.empty(value_of(n).shape, dtype=value_of(n).dtype, device=value_of(n).device)
-            for n, kind in zip(like, given, strict=True)
-            if kind is Cotangent.GIVEN
-        ]
+    dense = [n for n, kind in zip(like, given, strict=True) if kind is Cotangent.GIVEN]
     live: list[int] = []
 
+    def pull_back(own: Sequence[Any], ends: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        seeds = iter(cotangents)
+        pairs = []
+        for index, (end, kind) in enumerate(zip(ends, given, strict=True)):
+            if kind is Cotangent.ABSENT:
+                continue
+            seed = next(seeds) if kind is Cotangent.GIVEN else torch.zeros_like(end)
+            if end.requires_grad:
+                live.append(index)
+                pairs.append((end, seed))
+        return _gradients([u for u, _ in pairs], own, [c for _, c in pairs])
+
+    return _derived(level, residuals, needed, dense, pull_back), set(live)
+
+
+def _pushed_forward(level: Level, given: Sequence[int]) -> GraphModule:
+    """Trace ``(*inputs, *residuals, *tangents of given) → (*tangents of outputs and residuals)``."""
+    moving = placeholders(level.graph.graph)
+
+    def push_forward(own: Sequence[Any], ends: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        moved = [i for i in sorted(level.active) if ends[i].requires_grad]
+        found = {i: torch.zeros_like(ends[i]) for i in level.active if i not in moved}
+        # The pullback is linear in them, so its own pullback does not depend on them.
+        cotangents = [torch.zeros_like(ends[i]).requires_grad_() for i in moved]
+        grads = _gradients([ends[i] for i in moved], own, cotangents)
+        pairs = [
+            (g, t)
+            for g, t in zip(grads, tangents, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        out = _gradients([g for g, _ in pairs], cotangents, [t for _, t in pairs])
+        for i, cotangent, tangent in zip(moved, cotangents, out, strict=True):
+            found[i] = torch.zeros_like(cotangent) if tangent is None else tangent
+        return [found.get(i) for i in range(len(ends))]
+
+    return _derived(level, level.residuals, given, [moving[i] for i in given], push_forward)
+
+
+def _gradients(
+    outputs: Sequence[Any], inputs: Sequence[Any], cotangents: Sequence[Any]
+) -> list[Any]:
+    """Pull back, by formulas that can be differentiated; None for what does not depend."""
+    if not outputs or not inputs:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, allow_unused=True)
+    )
+
+
+def _derived(
+    level: Level,
+    residuals: Sequence[Node],
+    moving: Sequence[int],
+    more: Sequence[Node],
+    derivative_of: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]],
+) -> GraphModule:
+    """Trace ``(*inputs, *residuals, *more) → derivative_of(moving inputs, ends, more)``, where the
+    ends are the outputs and the residuals.
+
+    Args:
+        level: The function.
+        residuals: What need not be computed again.
+        moving: Positions of the inputs to differentiate with respect to.
+        more: Nodes that the further inputs are like.
+        derivative_of: The derivative.
+    """
+    inputs = example_inputs(level.graph)
+    mode = fake_mode_of(inputs)
+    with mode:
+        further = [
+            torch.empty(value_of(n).shape, dtype=value_of(n).dtype, device=value_of(n).device)
+            for n in more
+        ]
+
     def run(*values: Any) -> list[Any]:
-        own, dense = list(values[: len(inputs)]), iter(values[len(inputs) :])
+        own = list(values[: len(inputs)])
         with torch.enable_grad():
-            for i in needed:
+            for i in moving:
                 own[i] = own[i].detach().requires_grad_()
             out, kept = _Recorder(level.graph, residuals).run_and_keep(own)
-            pairs = []
-            for index, (end, kind) in enumerate(
-                zip([*out[: level.n_outputs], *kept], given, strict=True)
-            ):
-                if kind is Cotangent.ABSENT:
-                    continue
-                seed = next(dense) if kind is Cotangent.GIVEN else torch.zeros_like(end)
-                if end.requires_grad:
-                    live.append(index)
-                    pairs.append((end, seed))
-            found: Sequence[Any] = [None] * len(needed)
-            if pairs and needed:
-                found = torch.autograd.grad(
-                    [end for end, _ in pairs],
-                    [own[i] for i in needed],
-                    [seed for _, seed in pairs],
-                    create_graph=True,  # formulas that can be differentiated
-                    allow_unused=True,
-                )
+            ends = [*out[: level.n_outputs], *kept]
+            found = derivative_of([own[i] for i in moving], ends, values[len(inputs) :])
         return [*found, *kept]
 
-    module = trace_differentiable(run, [*inputs, *cotangents], mode)
+    module = trace_differentiable(run, [*inputs, *further], mode)
     flatten_output(module.graph)
     _cut(module.graph, len(inputs), len(residuals))
-    return finish(module), set(live)
+    return finish(module)
 
 
 def _cut(graph: Graph, n_inputs: int, n_residuals: int) -> None:
     """Make inputs of the graph's last ``n_residuals`` results, after the first ``n_inputs``."""
-    for node in list(graph.nodes):
-        if node.target is aten.detach.default:
-            # Of what autograd saves; what the user detached is a stop.
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is STOP:
-            node.target = derivative.stop
+    _drop_detach(graph)
     outputs = results(graph)
     kept = outputs[len(outputs) - n_residuals :]
     graph.output_node().args = (tuple(outputs[: len(outputs) - n_residuals]),)
@@ -264,3 +397,13 @@ def _cut(graph: Graph, n_inputs: int, n_residuals: int) -> None:
         if is_random(node) and not node.users:
             graph.erase_node(node)  # drawn at the level below
     drop_dead(graph)
+
+
+def _drop_detach(graph: Graph) -> None:
+    """Take out the detaching of what autograd saves; what the user detached is a stop."""
+    for node in list(graph.nodes):
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is STOP:
+            node.target = derivative.stop

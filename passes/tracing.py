@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.vmap import restore_vmap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -117,3 +118,11 @@ def example_inputs(module: GraphModule) -> list[Any]:
     """Return the example values of a graph's inputs, as constants of autograd."""
     values = [value_of(node) for node in module.graph.find_nodes(op="placeholder")]
     return [v.detach() if isinstance(v, Tensor) else v for v in values]
+
+
+def over_batch(
+    function: Callable[..., Any], in_dims: tuple[int | None, ...], size: int | torch.SymInt
+) -> Callable[..., tuple[Any, Any]]:
+    """Return the vmap of a function, which also returns where each output is batched: `torch.vmap`
+    expands those that are not."""
+    return restore_vmap(function, in_dims, size, "error")  # pyright: ignore[reportArgumentType]

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from passes.graph import placeholders
+from passes.graph import is_random, placeholders
 from passes.levels import Level
 from passes.nest import NotNested, active_nodes, nest
 from rewriter.as_written import measure
@@ -20,7 +21,9 @@ from rewriter.errors import CaptureError
 from rewriter.flatten import flatten
 from rewriter.options import Options
 from rewriter.rewrite import check_differentiability
-from rewriter.specialising import Specialising
+from rewriter.specialising import Specialising, gradients_on
+from rewriter.stand_ins import StandIns, standing_in, stood_in
+from rewriter.stateful import is_inside_level, is_inside_transform, is_inside_vmap, is_wrapped
 from rewriter.step import value_only
 from rewriter.tower import CompiledLevel
 
@@ -43,6 +46,18 @@ class OptimizedForward(Specialising):
 
     def _build(self, captured: GraphModule) -> Callable[..., Any]:
         return Tower(captured, self.options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_inside_level() or torch.compiler.is_compiling() or not self.is_on:
+            return super().__call__(*args, **kwargs)
+        if self.is_refused(args, kwargs):
+            return self.as_written(*args, **kwargs)
+        try:
+            with stood_in(self.module, args, kwargs) as (plain_args, plain_kwargs), gradients_on():
+                return self._captured_call(plain_args, plain_kwargs)
+        except CaptureError as refusal:
+            reason = refusal
+        return self._fall_back(reason, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "options": self.options}
@@ -77,15 +92,38 @@ class Tower:
         self.promoted = flat.promoted
         self.base = CompiledLevel(level, options, flat.updated)
         self.captured = captured
+        self._draws = any(is_random(node) for node in flat.module.graph.nodes)
         self._unchecked = options.check
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
+        stand_ins = standing_in.get()
+        if stand_ins is not None:
+            return self._inside_transforms(stand_ins, inputs)
         if self._unchecked:
             self._unchecked = False
             check_layer(self.captured, self.base, inputs, self.base.level.wanted, self.base.updated)
         for position in self.promoted:
             inputs[position].requires_grad_()
         return self.base.value(inputs) if value_only.get() else self.base(*inputs)
+
+    def _inside_transforms(self, stand_ins: StandIns, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Call the tower with what its inputs stand for.
+
+        Raises:
+            CaptureError: The module draws or writes to its state, where PyTorch does otherwise.
+        """
+        real = stand_ins.behind(inputs)
+        written = [real[i] for i in self.base.updated]
+        with stand_ins.lifted():
+            if self._draws and is_inside_transform():
+                # PyTorch draws in another order there, by the memory format of what it wraps.
+                raise CaptureError("a layer that draws, inside of a torch.func transform")
+            if written and is_inside_vmap():
+                raise CaptureError("a layer that updates its state, inside of a vmap")
+            if any(is_wrapped(x) for x in written):
+                raise CaptureError("a transform over the state that a layer updates")
+            with torch.set_grad_enabled(not value_only.get()):
+                return self.base(*real)
 
 
 class Layers:

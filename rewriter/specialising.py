@@ -63,9 +63,11 @@ class Specialising(ABC):
         """Return what computes the outputs of a captured graph from its inputs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._is_on():
+        # In this order: inside of another capture Dynamo traces this line, and knows the answer to
+        # the first question.
+        if torch.compiler.is_compiling() or not self.is_on or is_transformed():
             return self.as_written(*args, **kwargs)
-        if self._refused and _signature(args, kwargs) in self._refused:
+        if self.is_refused(args, kwargs):
             return self._run_uncaptured(args, kwargs)
         try:
             with gradients_on():
@@ -110,10 +112,14 @@ class Specialising(ABC):
                 raise NeedsPullbacks(refusal.reason, refusal.where) from error
             raise refusal from error
 
-    def _is_on(self) -> bool:
-        # In this order: inside of another capture Dynamo traces this line, and knows the answer to
-        # the first question.
-        return self.options.enabled and not is_transformed() and not is_disabled()
+    @property
+    def is_on(self) -> bool:
+        """Whether this function is not switched off, here or everywhere."""
+        return self.options.enabled and not is_disabled()
+
+    def is_refused(self, args: Any, kwargs: Any) -> bool:
+        """Whether calls like this one have been found to run as written."""
+        return bool(self._refused) and _signature(args, kwargs) in self._refused
 
     def _built(self, captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """Be Dynamo's backend."""

@@ -9,14 +9,18 @@ Normalisation is written out, because its forward mode fails on the fake tensors
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import predispatch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack,
+    temporarily_restore_interpreter_stack,
+)
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -39,6 +43,32 @@ def is_inside_forward_mode() -> bool:
     levels = _C.get_interpreter_stack() or ()
     inside = any(level.key() == _C.TransformType.Jvp for level in levels)
     return inside or forward_ad._current_level >= 0
+
+
+def is_inside_vmap() -> bool:
+    """Whether a vmap is open around this call."""
+    levels = _C.get_interpreter_stack() or ()
+    return any(level.key() == _C.TransformType.Vmap for level in levels)
+
+
+def is_inside_level() -> bool:
+    """Whether a transform or a dual level is open around this call."""
+    return _C.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[list[Any]]:
+    """Close all transforms for the time of the ``with`` block, and open them again; gives them."""
+    return temporarily_clear_interpreter_stack()
+
+
+def inside_transforms(levels: list[Any]) -> contextlib.AbstractContextManager[None]:
+    """Open transforms that are closed for the time being, inside of `outside_transforms`."""
+    return temporarily_restore_interpreter_stack(levels)
+
+
+def unwrap_dead(values: Sequence[Any]) -> Sequence[Any]:
+    """Take values out of the wrappers of transforms that have ended, as any operator does."""
+    return unwrap_dead_wrappers(tuple(values))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from passes.graph import results
-from passes.levels import Cotangent, Level
+from passes.levels import CannotBatch, Cotangent, Level
 from passes.simplify.zeros import zero_nodes
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.options import Options
+from rewriter.stateful import (
+    is_inside_level,
+    is_inside_transform,
+    outside_transforms,
+    unwrap_dead,
+)
 from rewriter.step import own_tensors
 
 
@@ -24,7 +30,8 @@ class CompiledLevel:
         self.level, self.options, self.updated = level, options, tuple(updated)
         self._value: Compiled | None = None
         self._primal: Compiled | None = None
-        self._pullbacks: dict[Any, CompiledLevel] = {}
+        self._derivatives: dict[Any, CompiledLevel] = {}
+        self._batched: dict[Any, tuple[CompiledLevel, Sequence[bool]] | CannotBatch] = {}
         self.zeros: frozenset[int] = frozenset()
 
     def _compile(self, module: GraphModule) -> Compiled:
@@ -39,81 +46,146 @@ class CompiledLevel:
             self._value = self._compile(self.level.value())
         with torch.no_grad():
             out = self._value(*inputs)
-            self._update(inputs, out)
+            self._update([inputs[i] for i in self.updated], out)
         return out[: self.level.n_outputs]
 
-    def primal(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Return the outputs and the residuals."""
+    def primal(
+        self, inputs: Sequence[Any], targets: Sequence[Tensor]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Return the outputs and the residuals; write to ``targets`` what the level updates."""
         if self._primal is None:
             self._primal = self._compile(self.level.primal())
         out = self._primal(*inputs)
-        self._update(inputs, out)
+        self._update(targets, out)
         n = self.level.n_outputs
         return out[:n], out[n + len(self.updated) :]
 
-    def _update(self, inputs: Sequence[Any], out: Sequence[Any]) -> None:
-        for position, new in zip(self.updated, out[self.level.n_outputs :], strict=False):
-            inputs[position].copy_(new)
+    def _update(self, targets: Sequence[Tensor], out: Sequence[Any]) -> None:
+        for target, new in zip(targets, out[self.level.n_outputs :], strict=False):
+            target.copy_(new)
 
     def pullback(self, given: tuple[Cotangent, ...], needed: tuple[int, ...]) -> CompiledLevel:
         """Return the next level for these cotangents and these gradients."""
-        key = given, needed
-        if key not in self._pullbacks:
-            self._pullbacks[key] = CompiledLevel(self.level.pullback(given, needed), self.options)
-        return self._pullbacks[key]
+        return self._above((given, needed), lambda: self.level.pullback(given, needed))
+
+    def pushforward(self, given: tuple[int, ...]) -> CompiledLevel:
+        """Return the forward mode of this level for tangents of these inputs."""
+        return self._above(given, lambda: self.level.pushforward(given))
+
+    def _above(self, key: Any, make: Callable[[], Level]) -> CompiledLevel:
+        if key not in self._derivatives:
+            with outside_transforms():
+                self._derivatives[key] = CompiledLevel(make(), self.options)
+        return self._derivatives[key]
+
+    def batched(self, size: int, over: tuple[int, ...]) -> tuple[CompiledLevel, Sequence[bool]]:
+        """Return this level, residuals among its outputs, for a batch; and which outputs are
+        batched.
+
+        Args:
+            size: How many there are.
+            over: The inputs that are batched, in their first dimension.
+
+        Raises:
+            CannotBatch: An operator has no batching rule.
+        """
+        key = size, over
+        if key not in self._batched:
+            with outside_transforms():
+                try:
+                    level, is_batched = self.level.batched(size, over)
+                except CannotBatch as refusal:
+                    self._batched[key] = refusal
+                else:
+                    self._batched[key] = CompiledLevel(level, self.options), is_batched
+        found = self._batched[key]
+        if isinstance(found, CannotBatch):
+            raise found
+        return found
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Return the outputs; they can be differentiated if gradients are on."""
+        n = self.level.n_outputs
+        if is_inside_level():
+            with outside_transforms():
+                self.level.prepare()
+            own = [_with_a_node(x) for x in self._held(inputs)]
+            return _LevelFunction.apply(_Call(self, inputs), *own)[:n]  # pyright: ignore[reportOptionalSubscript]
+        inputs = unwrap_dead(inputs)
         if torch.is_grad_enabled() and any(
             isinstance(inputs[i], Tensor) and inputs[i].requires_grad for i in self.level.wanted
         ):
-            own = [_with_a_node(x) for x in inputs]
-            return _LevelFunction.apply(self, *own)[: self.level.n_outputs]  # pyright: ignore[reportOptionalSubscript]
+            own = [_with_a_node(x) for x in self._held(inputs)]
+            return _apply(_Call(self, inputs), *own)[:n]
         return self.value(inputs)
+
+    def _held(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Return the inputs, those that the call writes to as they are before."""
+        if not self.updated:
+            return inputs
+        held = set(self.updated) & set(self.level.kept)
+        return [x.clone() if i in held else x for i, x in enumerate(inputs)]
+
+
+class _Call:
+    """One call of a level: what of it is neither a tensor nor differentiated.
+
+    Attributes:
+        compiled: The level.
+        targets: The inputs that the call writes to.
+    """
+
+    __slots__ = ("compiled", "targets")
+
+    def __init__(self, compiled: CompiledLevel, inputs: Sequence[Any]) -> None:
+        self.compiled = compiled
+        self.targets = [inputs[i] for i in compiled.updated]
 
 
 class _LevelFunction(torch.autograd.Function):
     """Outputs and residuals of a level; its backward is the next level."""
 
     @staticmethod
-    def forward(ctx: Any, compiled: CompiledLevel, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(call: _Call, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        outputs, residuals = call.compiled.primal(inputs, call.targets)
+        return own_tensors([*outputs, *residuals], inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Any]) -> None:
         ctx.set_materialize_grads(False)
-        level = compiled.level
-        held = {i: inputs[i] for i in level.kept}
-        held |= {i: x.clone() for i in compiled.updated if isinstance(x := held.get(i), Tensor)}
-        outputs, residuals = compiled.primal(inputs)
-        ends = own_tensors([*outputs, *residuals], inputs)
-        ctx.compiled, ctx.n_inputs = compiled, len(inputs)
-        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        saved = [*held.values(), *ends[level.n_outputs :]]
+        call, *own = inputs
+        level = call.compiled.level
+        ctx.compiled, ctx.n_inputs = call.compiled, len(own)
+        ctx.tensors = [i for i, x in enumerate(own) if isinstance(x, Tensor)]
+        saved = [*(own[i] for i in level.kept), *output[level.n_outputs :]]
         ctx.plain = [None if isinstance(value, Tensor) else value for value in saved]
-        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in saved))
-        constant = (x for i, x in enumerate(ends) if i not in level.active)
+        tensors = [value if isinstance(value, Tensor) else None for value in saved]
+        ctx.save_for_backward(*tensors)
+        if is_inside_level():
+            ctx.save_for_forward(*tensors)
+        constant = (x for i, x in enumerate(output) if i not in level.active)
         ctx.mark_non_differentiable(*(x for x in constant if isinstance(x, Tensor)))
-        return ends
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         compiled: CompiledLevel = ctx.compiled
         given = tuple(_kind(c) for c in cotangents)
-        needed = _asked_for(ctx)
         none = (None,) * (ctx.n_inputs + 1)
         if all(kind is Cotangent.ABSENT for kind in given):
             return none
-        saved = [
-            plain if tensor is None else tensor
-            for tensor, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)
-        ]
+        needed = _asked_for(ctx)
         dense = [
             c.contiguous()
             for c, kind in zip(cotangents, given, strict=True)
             if c is not None and kind is Cotangent.GIVEN
         ]
         above = compiled.pullback(given, needed)
-        found = list(above(*saved, *dense))
-        grads = list(none)
+        found = above(*_saved(ctx), *dense)
+        grads: list[Any] = list(none)
         for position, grad in zip(needed, found, strict=True):
             grads[position + 1] = grad
+        if is_inside_transform():
+            return tuple(grads)
         for index in above.zeros:
             if index < len(needed) and needed[index] in compiled.level.residual_inputs:
                 like = found[index]
@@ -121,6 +193,54 @@ class _LevelFunction(torch.autograd.Function):
                     like.shape, dtype=like.dtype, device=like.device
                 )
         return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Push tangents forward: the forward mode of this level is a level too."""
+        level = ctx.compiled.level
+        given = tuple(i for i in level.wanted if tangents[i] is not None)
+        above = ctx.compiled.pushforward(given)
+        return tuple(above(*_saved(ctx), *(tangents[i] for i in given)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Call the level for a batch; where an operator has no batching rule, one by one."""
+        dims = in_dims[1:]
+        over = tuple(i for i, dim in enumerate(dims) if dim is not None)
+        moved = [
+            x if d is None else x.movedim(d, 0).contiguous()
+            for x, d in zip(inputs, dims, strict=True)
+        ]
+        try:
+            batched, is_batched = call.compiled.batched(info.batch_size, over)
+        except CannotBatch:
+            return _one_by_one(call, moved, over, info.batch_size)
+        return tuple(batched(*moved)), tuple(0 if b else None for b in is_batched)
+
+
+def _one_by_one(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: int) -> Any:
+    """Call a level for each sample by itself; return outputs and residuals, batched in front."""
+    rows = []
+    for sample in range(size):
+        own = [x[sample].contiguous() if i in over else x for i, x in enumerate(inputs)]
+        rows.append(_LevelFunction.apply(call, *own))
+    ends = [
+        torch.stack(row) if isinstance(row[0], Tensor) else row[0]
+        for row in zip(*rows, strict=True)
+    ]
+    return tuple(ends), tuple(0 if isinstance(end, Tensor) else None for end in ends)
+
+
+# What `Function.apply` does outside of transforms, without its inspection of signatures.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _LevelFunction).apply
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """Return the inputs that were kept and the residuals."""
+    return [
+        plain if tensor is None else tensor
+        for tensor, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)
+    ]
 
 
 def _with_a_node(x: Any) -> Any:
@@ -141,7 +261,10 @@ def _asked_for(ctx: Any) -> tuple[int, ...]:
 
 
 def _is_run(node: Any) -> bool:
-    return node is not None and torch._C._will_engine_execute_node(node)
+    if node is None:
+        return False
+    # A leaf inside of a transform; the engine does not say.
+    return node.name().endswith("AccumulateGrad") or torch._C._will_engine_execute_node(node)
 
 
 def _kind(cotangent: Tensor | None) -> Cotangent:

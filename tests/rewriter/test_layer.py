@@ -152,7 +152,7 @@ def test_needs() -> None:
     x = points(4, 8)
     grad(fast(x).sum(), x)
     base = steps(fast)[0].base
-    (pullback,) = base._pullbacks.values()
+    (pullback,) = base._derivatives.values()
     forward = price(base.level.primal()).at(size_hints(base.level.graph))[0]
     assert price(pullback.level.value()).at(size_hints(pullback.level.graph))[0] <= forward
 
@@ -174,7 +174,7 @@ def test_passes_of_a_penalty(activation: Any, data: bool, passes: float) -> None
     total, stack = 0, [base]
     while stack:
         compiled = stack.pop()
-        stack += compiled._pullbacks.values()
+        stack += compiled._derivatives.values()
         graph = compiled.level.primal() if compiled._primal else compiled.level.value()
         total += price(graph).at(size_hints(graph))[0]
     forward = price(base.level.value()).at(size_hints(base.level.graph))[0]
@@ -192,7 +192,7 @@ def test_nothing_is_built_twice() -> None:
 
 
 def _sizes(compiled: Any) -> list[int]:
-    above = list(compiled._pullbacks.values())
+    above = list(compiled._derivatives.values())
     return [len(above), *(size for level in above for size in _sizes(level))]
 
 
