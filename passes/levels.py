@@ -5,9 +5,9 @@ expensive operators, and they count as outputs: level 1 is the pullback ``(u, r,
 ``u ↦ (y, r)``, in which everything cheap is computed again from ``r``. Level 1 is a function like
 any other, so its pullback is level 2, and so on.
 
-Forward mode is the pullback of the pullback in its cotangent, ``ẏ = ∂(ȳᵀJu̇)/∂ȳ``, which is linear in
-both, so that only the tangent is left; under a `torch.func.vmap` a level is the vmap of its graph.
-Both are levels too.
+Forward mode is the pullback of the pullback in its cotangent, ``ẏ = ∂(ȳᵀJu̇)/∂ȳ``, which is linear
+in both, so that only the tangent is left; under a `torch.func.vmap` a level is the vmap of its
+graph. Both are levels too.
 
 What level 2 sends back to ``r`` meets the cotangent of ``y`` in one sweep of level 1: a gradient
 penalty with a data loss costs one pass for ``f``, one for its input gradient, two for the pullback
@@ -40,7 +40,13 @@ from passes.graph import (
 from passes.joint import trace_value
 from passes.linearize import flatten_output
 from passes.markers import STOP
-from passes.tracing import example_inputs, fake_mode_of, over_batch, trace_differentiable
+from passes.tracing import (
+    AnySize,
+    example_inputs,
+    fake_mode_of,
+    over_batch,
+    trace_differentiable,
+)
 
 aten = torch.ops.aten
 
@@ -142,7 +148,8 @@ class Level:
         return self._above(module, len(needed))
 
     def pushforward(self, given: Sequence[int]) -> Level:
-        """Return ``(*kept inputs, *residuals, *tangents) → (*tangents of outputs and residuals)``.
+        """Return ``(*kept inputs, *residuals, *tangents) → (*tangents of outputs and residuals)``;
+        None where one is zero.
 
         Args:
             given: Positions of the inputs that have a tangent; the others' are zero.
@@ -163,6 +170,11 @@ class Level:
         constant = {n_kept + i for i in range(len(self.residuals)) if not self._moves(i)}
         wanted = tuple(i for i, n in enumerate(taken) if is_float(n) and i not in constant)
         return Level(module, n_outputs, wanted, residuals)
+
+    def any_size(self, example: int) -> AnySize | None:
+        """Return a batch size that `batched` need not know; None where sizes cannot be symbols."""
+        mode = fake_mode_of(example_inputs(self.graph))
+        return None if mode.shape_env is None else AnySize(mode, example)
 
     def batched(self, size: int | torch.SymInt, over: Sequence[int]) -> tuple[Level, list[bool]]:
         """Return this level for a batch: outputs and residuals are the outputs of the new one.
@@ -305,12 +317,13 @@ def _pulled_back(
 
 
 def _pushed_forward(level: Level, given: Sequence[int]) -> GraphModule:
-    """Trace ``(*inputs, *residuals, *tangents of given) → (*tangents of outputs and residuals)``."""
+    """Trace ``(*inputs, *residuals, *tangents of given) → (*tangents of outputs and residuals)``;
+    None where one is zero."""
     moving = placeholders(level.graph.graph)
 
     def push_forward(own: Sequence[Any], ends: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        found: list[Any] = [None] * len(ends)
         moved = [i for i in sorted(level.active) if ends[i].requires_grad]
-        found = {i: torch.zeros_like(ends[i]) for i in level.active if i not in moved}
         # The pullback is linear in them, so its own pullback does not depend on them.
         cotangents = [torch.zeros_like(ends[i]).requires_grad_() for i in moved]
         grads = _gradients([ends[i] for i in moved], own, cotangents)
@@ -320,9 +333,9 @@ def _pushed_forward(level: Level, given: Sequence[int]) -> GraphModule:
             if g is not None and g.requires_grad
         ]
         out = _gradients([g for g, _ in pairs], cotangents, [t for _, t in pairs])
-        for i, cotangent, tangent in zip(moved, cotangents, out, strict=True):
-            found[i] = torch.zeros_like(cotangent) if tangent is None else tangent
-        return [found.get(i) for i in range(len(ends))]
+        for i, tangent in zip(moved, out, strict=True):
+            found[i] = tangent
+        return found
 
     return _derived(level, level.residuals, given, [moving[i] for i in given], push_forward)
 

@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._functorch.vmap import restore_vmap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -118,6 +121,40 @@ def example_inputs(module: GraphModule) -> list[Any]:
     """Return the example values of a graph's inputs, as constants of autograd."""
     values = [value_of(node) for node in module.graph.find_nodes(op="placeholder")]
     return [v.detach() if isinstance(v, Tensor) else v for v in values]
+
+
+class AnySize:
+    """A size that a trace does not fix, except as far as what it traces asks for it.
+
+    Attributes:
+        size: The size, to make fake tensors with.
+    """
+
+    def __init__(self, mode: FakeTensorMode, example: int) -> None:
+        env = mode.shape_env
+        assert env is not None
+        source = ConstantSource("batch")
+        self._symbol = env.create_symbol(
+            example, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        self.size = env.create_symintnode(self._symbol, hint=example, source=source)
+        self._env, self._seen, self._admitted = env, 0, {example}
+
+    def admits(self, size: int) -> bool:
+        """Whether everything that the traces so far have taken for granted holds for a size."""
+        if self._seen != len(self._env.guards):
+            self._seen = len(self._env.guards)
+            self._admitted = set()
+        if size < 2 or self._symbol in self._env.replacements:
+            return False
+        if size not in self._admitted:
+            expressions = [guard.expr for guard in self._env.guards]
+            mine = [e for e in expressions if e.free_symbols == {self._symbol}]
+            mixed = [e for e in expressions if self._symbol in e.free_symbols and e not in mine]
+            if mixed or any(e.subs(self._symbol, size) != sympy.true for e in mine):
+                return False
+            self._admitted.add(size)
+        return True
 
 
 def over_batch(

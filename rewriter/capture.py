@@ -44,7 +44,6 @@ from torch._dynamo.variables.misc import AutogradFunctionVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
@@ -53,6 +52,7 @@ from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, Opt
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
+    is_inside_level,
     is_inside_transform,
     is_wrapped,
     levels_restored,
@@ -584,12 +584,12 @@ def source_name(placeholder: Node) -> str:
     return str(name() if callable(name) else name or placeholder.name)
 
 
+def is_traced() -> bool:
+    """Whether another compilation or a dispatch mode is open around this call."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_transformed() -> bool:
     """Whether a transform, a dual level, another compilation or a dispatch mode is open around this
     call."""
-    return (
-        torch.compiler.is_compiling()
-        or is_inside_transform()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return is_traced() or is_inside_level()

@@ -15,7 +15,7 @@ from passes.graph import is_random, placeholders
 from passes.levels import Level
 from passes.nest import NotNested, active_nodes, nest
 from rewriter.as_written import measure
-from rewriter.capture import keep_numbers
+from rewriter.capture import is_traced, keep_numbers
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError
 from rewriter.flatten import flatten
@@ -48,7 +48,7 @@ class OptimizedForward(Specialising):
         return Tower(captured, self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_inside_level() or torch.compiler.is_compiling() or not self.is_on:
+        if is_traced() or not is_inside_level() or not self.is_on:
             return super().__call__(*args, **kwargs)
         if self.is_refused(args, kwargs):
             return self.as_written(*args, **kwargs)

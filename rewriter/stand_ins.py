@@ -1,5 +1,5 @@
-"""Calls inside a `torch.func` transform or a dual level: plain tensors for Dynamo, the real ones for
-the tower.
+"""Calls inside a `torch.func` transform or a dual level: plain tensors for Dynamo, the real ones
+for the tower.
 
 Dynamo guards on what it is given, and knows neither the wrappers of a transform nor tangents. It
 gets plain tensors of the same shapes, outside of every transform; what it finds for them is then

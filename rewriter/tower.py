@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.fx import GraphModule
 from passes.graph import results
 from passes.levels import CannotBatch, Cotangent, Level
 from passes.simplify.zeros import zero_nodes
+from passes.tracing import AnySize
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.options import Options
 from rewriter.stateful import (
@@ -31,7 +34,7 @@ class CompiledLevel:
         self._value: Compiled | None = None
         self._primal: Compiled | None = None
         self._derivatives: dict[Any, CompiledLevel] = {}
-        self._batched: dict[Any, tuple[CompiledLevel, Sequence[bool]] | CannotBatch] = {}
+        self._batched: dict[Any, list[Batched]] = {}
         self.zeros: frozenset[int] = frozenset()
 
     def _compile(self, module: GraphModule) -> Compiled:
@@ -78,30 +81,23 @@ class CompiledLevel:
                 self._derivatives[key] = CompiledLevel(make(), self.options)
         return self._derivatives[key]
 
-    def batched(self, size: int, over: tuple[int, ...]) -> tuple[CompiledLevel, Sequence[bool]]:
-        """Return this level, residuals among its outputs, for a batch; and which outputs are
-        batched.
+    def batched(self, size: int, over: tuple[int, ...]) -> Batched:
+        """Return this level, residuals among its outputs, for a batch: for its size the first time,
+        for any size from the second one on.
 
         Args:
             size: How many there are.
             over: The inputs that are batched, in their first dimension.
-
-        Raises:
-            CannotBatch: An operator has no batching rule.
         """
-        key = size, over
-        if key not in self._batched:
-            with outside_transforms():
-                try:
-                    level, is_batched = self.level.batched(size, over)
-                except CannotBatch as refusal:
-                    self._batched[key] = refusal
-                else:
-                    self._batched[key] = CompiledLevel(level, self.options), is_batched
-        found = self._batched[key]
-        if isinstance(found, CannotBatch):
-            raise found
-        return found
+        found = self._batched.setdefault(over, [])
+        for batched in found:
+            if batched.size.admits(size):
+                return batched
+        with outside_transforms():
+            several = self.level.any_size(size) if found and size > 1 else None
+            batched = Batched(self.level, several or OneSize(size), over, self.options)
+        found.append(batched)
+        return batched
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Return the outputs; they can be differentiated if gradients are on."""
@@ -125,6 +121,35 @@ class CompiledLevel:
             return inputs
         held = set(self.updated) & set(self.level.kept)
         return [x.clone() if i in held else x for i, x in enumerate(inputs)]
+
+
+@dataclass(frozen=True)
+class OneSize:
+    """A batch size."""
+
+    size: int
+
+    def admits(self, size: int) -> bool:
+        return size == self.size
+
+
+class Batched:
+    """A level for a batch.
+
+    Attributes:
+        size: What is known of the batch's size.
+        compiled: The level, residuals among its outputs; None where an operator has no batching
+            rule.
+        is_batched: For each output whether it is batched, in its first dimension.
+    """
+
+    def __init__(
+        self, level: Level, size: OneSize | AnySize, over: Sequence[int], options: Options
+    ) -> None:
+        self.size, self.compiled, self.is_batched = size, None, []
+        with contextlib.suppress(CannotBatch):
+            above, self.is_batched = level.batched(size.size, over)
+            self.compiled = CompiledLevel(above, options)
 
 
 class _Call:
@@ -163,6 +188,9 @@ class _LevelFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         if is_inside_level():
             ctx.save_for_forward(*tensors)
+            ctx.like = {
+                i: (output[i].shape, output[i].dtype, output[i].device) for i in level.active
+            }
         constant = (x for i, x in enumerate(output) if i not in level.active)
         ctx.mark_non_differentiable(*(x for x in constant if isinstance(x, Tensor)))
 
@@ -200,7 +228,11 @@ class _LevelFunction(torch.autograd.Function):
         level = ctx.compiled.level
         given = tuple(i for i in level.wanted if tangents[i] is not None)
         above = ctx.compiled.pushforward(given)
-        return tuple(above(*_saved(ctx), *(tangents[i] for i in given)))
+        found = list(above(*_saved(ctx), *(tangents[i] for i in given)))
+        for i, (shape, dtype, device) in ctx.like.items():
+            if found[i] is None:
+                found[i] = torch.zeros(shape, dtype=dtype, device=device)
+        return tuple(found)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -211,11 +243,11 @@ class _LevelFunction(torch.autograd.Function):
             x if d is None else x.movedim(d, 0).contiguous()
             for x, d in zip(inputs, dims, strict=True)
         ]
-        try:
-            batched, is_batched = call.compiled.batched(info.batch_size, over)
-        except CannotBatch:
+        batched = call.compiled.batched(info.batch_size, over)
+        if batched.compiled is None:
             return _one_by_one(call, moved, over, info.batch_size)
-        return tuple(batched(*moved)), tuple(0 if b else None for b in is_batched)
+        ends = tuple(batched.compiled(*moved))
+        return ends, tuple(0 if is_batched else None for is_batched in batched.is_batched)
 
 
 def _one_by_one(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: int) -> Any:

@@ -281,8 +281,8 @@ class WrittenNorm(nn.Module):
 
 
 def with_written_norms(net: nn.Module) -> nn.Module:
-    """Return the network with its norm layers replaced by their formulas, those that keep statistics
-    only in train mode; names of parameters stay."""
+    """Return the network with its norm layers replaced by their formulas, those that keep
+    statistics only in train mode; names of parameters stay."""
     norms = (nn.LayerNorm, nn.InstanceNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)
     for name, child in list(net.named_children()):
         if isinstance(child, norms) and (child.training or isinstance(child, nn.LayerNorm)):

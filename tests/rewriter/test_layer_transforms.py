@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad as fwd
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from passes.price import price, size_hints
-from rewriter import optimize_nested
+from rewriter import CaptureError, NestedGradientWarning, optimize_nested
 from rewriter.tower import CompiledLevel
-from tests.cases import NETWORKS, make, mlp, with_written_norms
+from tests.cases import make, mlp, with_written_norms
 from tests.oracle import assert_same, outcome
 
 D = torch.float64
@@ -120,3 +121,173 @@ def test_forms(form: Callable[..., Tensor], network: str) -> None:
         expected, grads={n: None if n in absent & zero else g for n, g in expected.grads.items()}
     )
     assert_same(mine, expected)
+
+
+def _levels(compiled: CompiledLevel) -> list[CompiledLevel]:
+    """Return a level and all that were made from it."""
+    above = list(compiled._derivatives.values())
+    above += [b.compiled for found in compiled._batched.values() for b in found if b.compiled]
+    return [compiled, *(one for level in above for one in _levels(level))]
+
+
+def _flops(base: CompiledLevel) -> float:
+    total = 0
+    for compiled in _levels(base):
+        for made, graph in ((compiled._primal, "primal"), (compiled._value, "value")):
+            if made is not None:
+                module = getattr(compiled.level, graph)()
+                total += price(module).at(size_hints(module))[0]
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "derivative", "passes"),
+    [
+        ("jvp", lambda net, x: jvp(net, (x,), (x.cos(),)), 2),
+        ("grad", lambda net, x: grad(lambda z: net(z).sum())(x), 2),
+        ("vmap(grad)", lambda net, x: vmap(grad(lambda z: net(z).sum()))(x), 2),
+        ("jvp(grad)", lambda net, x: jvp(grad(lambda z: net(z).sum()), (x,), (x.cos(),)), 4),
+        ("jacfwd", lambda net, x: vmap(jacfwd(net))(x), 1 + 8),
+        ("hessian", lambda net, x: vmap(hessian(lambda z: net(z).sum()))(x), 2 + 2 * 8),
+    ],
+)
+def test_passes(name: str, derivative: Callable[..., Any], passes: float) -> None:
+    """A tangent costs a pass, a pullback another; primal and first pullback are shared by all
+    directions."""
+    net = towered(mlp(nn.Tanh, 4, 16, 8))
+    x = torch.randn(4, 8, dtype=D)
+    forward = 2 * 4 * sum(p.numel() for p in net.parameters() if p.dim() == 2)
+    derivative(net, x)
+    found = _flops(net.forward.steps[0].base) / forward
+    # A per-sample graph that was made on the way to its batch is not run.
+    assert found <= passes + 1e-9, found
+
+
+def test_batch_sizes() -> None:
+    """Another size is one more trace, all later ones none; sizes 0 and 1 work."""
+    net, _ = make("Tanh")
+    fast = towered(net)
+
+    def form(module: nn.Module, x: Tensor) -> Tensor:
+        return vmap(hessian(lambda z: module(z).sum()))(x)
+
+    counts = []
+    for size in (5, 7, 9, 4, 13, 1, 0, 5):
+        x = torch.randn(size, 3, dtype=D)
+        assert torch.allclose(form(fast, x), form(net, x), rtol=1e-12, atol=1e-14)
+        counts.append(len(_levels(fast.forward.steps[0].base)))
+    assert counts[1] == counts[2] == counts[4] and counts[-1] == counts[-2]
+
+
+def test_state_inside_grad() -> None:
+    """BatchNorm in train mode under `torch.func.grad`, which PyTorch refuses: as by autograd."""
+    net, x = make("batch_norm_train")
+    fast, slow = towered(net), with_written_norms(copy.deepcopy(net))
+    mine = grad(lambda z: fast(z).sin().sum())(x)
+    p = x.detach().requires_grad_()
+    (reference,) = torch.autograd.grad(slow(p).sin().sum(), p)
+    assert torch.allclose(mine, reference, rtol=1e-9, atol=1e-14)
+    for u, v in zip(fast.buffers(), slow.buffers(), strict=True):
+        assert torch.allclose(u, v, rtol=1e-12)
+
+
+def test_refusals() -> None:
+    """What PyTorch does otherwise inside of a transform runs as written, or is its own error."""
+    net, x = make("batch_norm_train")
+    with pytest.raises(CaptureError, match="updates its state, inside of a vmap"):
+        vmap(towered(net))(x.reshape(2, 3, 3))
+    net, x = make("dropout")
+    with pytest.raises(CaptureError, match=r"draws, inside of a torch.func transform"):
+        grad(lambda z: towered(net)(z).sum())(x)
+    fast = optimize_nested(copy.deepcopy(net), backend="eager")
+    torch.manual_seed(1)
+    with pytest.warns(NestedGradientWarning, match=r"draws, inside of a torch.func transform"):
+        mine = grad(lambda z: fast(z).sum())(x)
+    torch.manual_seed(1)
+    assert torch.equal(mine, grad(lambda z: net(z).sum())(x))
+
+
+def test_no_grad_inside() -> None:
+    net, x = make("Tanh")
+    fast = towered(net)
+
+    def constant(module: nn.Module, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            u = module(z)
+        return (u * z.sum()).sum()
+
+    mine, reference = (grad(lambda z, m=m: constant(m, z))(x) for m in (fast, net))
+    assert torch.allclose(mine, reference, rtol=1e-12)
+
+
+# PyTorch's own, for any module with parameters.
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+def test_other_modes_around() -> None:
+    """`torch.func.linearize` and make_fx trace what they are given: as written."""
+    net, x = make("Tanh")
+    fast = towered(net)
+    u, push = linearize(fast, x.detach())
+    assert torch.allclose(u, net(x)) and torch.allclose(push(x), jvp(net, (x,), (x,))[1])
+    traced = make_fx(grad(lambda z: fast(z).sum()))(x.detach())
+    assert torch.allclose(traced(x), grad(lambda z: net(z).sum())(x))
+
+
+def test_module_keeps_its_tensors() -> None:
+    """Also when the call fails."""
+    net, x = make("Tanh")
+    fast = towered(net)
+    before = dict(fast.named_parameters())
+    with pytest.raises(RuntimeError):
+        grad(lambda p: functional_call(fast, p, (x[:, :2],)).sum())(before)
+    with pytest.raises(RuntimeError):
+        vmap(fast)(x[..., :2])
+    assert all(p is before[name] for name, p in fast.named_parameters())
+    assert torch.allclose(vmap(fast)(x), net(x))
+
+
+def test_structures_and_integers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(4, 3), nn.Linear(3, 2)
+
+        def forward(self, batch: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
+            h = (batch["x"] * scale + self.embedding(batch["kind"])).tanh()
+            return {"u": self.out(h), "top": h.argmax(-1), "n": batch["n"]}
+
+    torch.manual_seed(0)
+    net = Net().double()
+    fast = towered(net)
+    x, kind = torch.randn(5, 3, dtype=D), torch.arange(5) % 4
+
+    def energies(module: nn.Module) -> Any:
+        def energy(z: Tensor, k: Tensor) -> Any:
+            out = module({"x": z, "kind": k, "n": 2}, scale=1.5)
+            return out["u"].sin().sum(), out["top"]
+
+        return vmap(grad(energy, has_aux=True))(x, kind)
+
+    for mine, reference in zip(energies(fast), energies(net), strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-12)
+    pushed = jvp(lambda z: fast({"x": z, "kind": kind, "n": 2})["u"], (x,), (x.cos(),))[1]
+    wanted = jvp(lambda z: net({"x": z, "kind": kind, "n": 2})["u"], (x,), (x.cos(),))[1]
+    assert torch.allclose(pushed, wanted, rtol=1e-12)
+
+
+def test_ensemble() -> None:
+    """A vmap over parameters, and its gradient in all of them."""
+    net, x = make("Tanh")
+    fast = towered(net)
+    stacked = {n: torch.stack([p, 2 * p, p.sin()]).detach() for n, p in net.named_parameters()}
+
+    def form(module: nn.Module) -> dict[str, Tensor]:
+        def loss(many: dict[str, Tensor]) -> Tensor:
+            def one(p: dict[str, Tensor]) -> Tensor:
+                return grad(lambda z: functional_call(module, p, (z,)).sum())(x).square().sum()
+
+            return vmap(one)(many).sum()
+
+        return grad(loss)(stacked)
+
+    mine, reference = form(fast), form(net)
+    assert all(torch.allclose(mine[n], g, rtol=1e-9) for n, g in reference.items())
