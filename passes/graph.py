@@ -95,6 +95,17 @@ def results(graph: Graph) -> list[Any]:
     return list(graph.output_node().args[0])  # pyright: ignore[reportArgumentType]
 
 
+def shares_memory(graph: Graph) -> bool:
+    """Whether a result of the graph may share memory with an input or with another result."""
+    found = [node for node in results(graph) if isinstance(node, Node)]
+    return len(set(found)) < len(found) or any(
+        node.op != "call_function"
+        or not isinstance(node.target, torch._ops.OpOverload)
+        or any(value.alias_info is not None for value in node.target._schema.returns)
+        for node in found
+    )
+
+
 def reaches(sources: Iterable[Node], *, through: Callable[[Node], bool] | None = None) -> set[Node]:
     """Return every node that depends on one of ``sources``, these included.
 

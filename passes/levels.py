@@ -51,7 +51,7 @@ from passes.tracing import (
 aten = torch.ops.aten
 
 
-class Cotangent(enum.Enum):
+class Cotangent(enum.IntEnum):
     """What is known of a cotangent before it is computed."""
 
     ABSENT = 0
@@ -71,6 +71,7 @@ class Level:
         n_outputs: How many of its results are outputs; updates are not differentiated.
         wanted: Positions of the inputs that a derivative can be asked for.
         residual_inputs: Positions of the inputs that are residuals of the level below.
+        tensors: Positions of the inputs that are tensors, and which tensor each is.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Level:
     ) -> None:
         self.graph, self.n_outputs = graph, n_outputs
         self.wanted, self.residual_inputs = tuple(wanted), frozenset(residual_inputs)
+        values = [value_of(node) for node in placeholders(graph.graph)]
+        of_tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        self.tensors = {position: index for index, position in enumerate(of_tensors)}
 
     @functools.cached_property
     def _saved(self) -> tuple[list[Node], tuple[int, ...], frozenset[int]]:

@@ -70,6 +70,8 @@ class Specialising(ABC):
         if self.is_refused(args, kwargs):
             return self._run_uncaptured(args, kwargs)
         try:
+            if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+                return self._captured_call(args, kwargs)
             with gradients_on():
                 return self._captured_call(args, kwargs)
         except CaptureError as refusal:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import Parameter
 
-from passes.graph import results
+from passes.graph import results, shares_memory
 from passes.levels import CannotBatch, Cotangent, Level
 from passes.simplify.zeros import zero_nodes
 from passes.tracing import AnySize
@@ -36,9 +37,11 @@ class CompiledLevel:
         self._derivatives: dict[Any, CompiledLevel] = {}
         self._batched: dict[Any, list[Batched]] = {}
         self.zeros: frozenset[int] = frozenset()
+        self._shares = True
 
     def _compile(self, module: GraphModule) -> Compiled:
         zeros = zero_nodes(module.graph)
+        self._shares = shares_memory(module.graph)
         self.zeros = frozenset(i for i, node in enumerate(results(module.graph)) if node in zeros)
         options = self.options
         return compile_graph(module, options.backend, options.mode, strict=options.strict)
@@ -52,16 +55,16 @@ class CompiledLevel:
             self._update([inputs[i] for i in self.updated], out)
         return out[: self.level.n_outputs]
 
-    def primal(
-        self, inputs: Sequence[Any], targets: Sequence[Tensor]
-    ) -> tuple[Sequence[Any], Sequence[Any]]:
+    def primal(self, inputs: Sequence[Any], targets: Sequence[Tensor]) -> tuple[Any, ...]:
         """Return the outputs and the residuals; write to ``targets`` what the level updates."""
         if self._primal is None:
             self._primal = self._compile(self.level.primal())
         out = self._primal(*inputs)
-        self._update(targets, out)
-        n = self.level.n_outputs
-        return out[:n], out[n + len(self.updated) :]
+        if targets:
+            self._update(targets, out)
+            n = self.level.n_outputs
+            out = [*out[:n], *out[n + len(targets) :]]
+        return own_tensors(out, inputs) if self._shares else tuple(out)
 
     def _update(self, targets: Sequence[Tensor], out: Sequence[Any]) -> None:
         for target, new in zip(targets, out[self.level.n_outputs :], strict=False):
@@ -69,17 +72,19 @@ class CompiledLevel:
 
     def pullback(self, given: tuple[Cotangent, ...], needed: tuple[int, ...]) -> CompiledLevel:
         """Return the next level for these cotangents and these gradients."""
-        return self._above((given, needed), lambda: self.level.pullback(given, needed))
+        found = self._derivatives.get((given, needed))
+        return found or self._above((given, needed), lambda: self.level.pullback(given, needed))
 
     def pushforward(self, given: tuple[int, ...]) -> CompiledLevel:
         """Return the forward mode of this level for tangents of these inputs."""
-        return self._above(given, lambda: self.level.pushforward(given))
+        return self._derivatives.get(given) or self._above(
+            given, lambda: self.level.pushforward(given)
+        )
 
     def _above(self, key: Any, make: Callable[[], Level]) -> CompiledLevel:
-        if key not in self._derivatives:
-            with outside_transforms():
-                self._derivatives[key] = CompiledLevel(make(), self.options)
-        return self._derivatives[key]
+        with outside_transforms():
+            made = self._derivatives[key] = CompiledLevel(make(), self.options)
+        return made
 
     def batched(self, size: int, over: tuple[int, ...]) -> Batched:
         """Return this level, residuals among its outputs, for a batch: for its size the first time,
@@ -101,26 +106,32 @@ class CompiledLevel:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Return the outputs; they can be differentiated if gradients are on."""
-        n = self.level.n_outputs
+        level = self.level
         if is_inside_level():
             with outside_transforms():
-                self.level.prepare()
-            own = [_with_a_node(x) for x in self._held(inputs)]
-            return _LevelFunction.apply(_Call(self, inputs), *own)[:n]  # pyright: ignore[reportOptionalSubscript]
-        inputs = unwrap_dead(inputs)
-        if torch.is_grad_enabled() and any(
-            isinstance(inputs[i], Tensor) and inputs[i].requires_grad for i in self.level.wanted
-        ):
-            own = [_with_a_node(x) for x in self._held(inputs)]
-            return _apply(_Call(self, inputs), *own)[:n]
+                level.prepare()
+            return _LevelFunction.apply(*self._arguments(inputs))[: level.n_outputs]  # pyright: ignore[reportOptionalSubscript]
+        if torch.is_grad_enabled():
+            for i in level.wanted:
+                x = inputs[i]
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return _apply(*self._arguments(inputs))[: level.n_outputs]
         return self.value(inputs)
 
-    def _held(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Return the inputs, those that the call writes to as they are before."""
-        if not self.updated:
-            return inputs
-        held = set(self.updated) & set(self.level.kept)
-        return [x.clone() if i in held else x for i, x in enumerate(inputs)]
+    def _arguments(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the call and its inputs, those that it writes to as they are before."""
+        call = _Call(self, [inputs[i] for i in self.updated])
+        own = [call, *inputs]
+        for i in self.level.wanted:
+            x = inputs[i]
+            # A node of its own before a leaf that is no parameter: the engine tells at less cost
+            # whether it will run one than whether a leaf's gradient is asked for.
+            if type(x) is not Parameter and isinstance(x, Tensor) and x.requires_grad and x.is_leaf:
+                own[i + 1] = x.view_as(x)
+        for i in self.updated:
+            if i in self.level.kept:
+                own[i + 1] = inputs[i].clone()
+        return own
 
 
 @dataclass(frozen=True)
@@ -162,9 +173,8 @@ class _Call:
 
     __slots__ = ("compiled", "targets")
 
-    def __init__(self, compiled: CompiledLevel, inputs: Sequence[Any]) -> None:
-        self.compiled = compiled
-        self.targets = [inputs[i] for i in compiled.updated]
+    def __init__(self, compiled: CompiledLevel, targets: Sequence[Tensor]) -> None:
+        self.compiled, self.targets = compiled, targets
 
 
 class _LevelFunction(torch.autograd.Function):
@@ -172,32 +182,34 @@ class _LevelFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        outputs, residuals = call.compiled.primal(inputs, call.targets)
-        return own_tensors([*outputs, *residuals], inputs)
+        return call.compiled.primal(inputs, call.targets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Any]) -> None:
         ctx.set_materialize_grads(False)
-        call, *own = inputs
-        level = call.compiled.level
-        ctx.compiled, ctx.n_inputs = call.compiled, len(own)
-        ctx.tensors = [i for i, x in enumerate(own) if isinstance(x, Tensor)]
-        saved = [*(own[i] for i in level.kept), *output[level.n_outputs :]]
-        ctx.plain = [None if isinstance(value, Tensor) else value for value in saved]
-        tensors = [value if isinstance(value, Tensor) else None for value in saved]
-        ctx.save_for_backward(*tensors)
-        if is_inside_level():
-            ctx.save_for_forward(*tensors)
+        compiled: CompiledLevel = inputs[0].compiled
+        level = compiled.level
+        ctx.compiled, ctx.n_inputs = compiled, len(inputs) - 1
+        saved = [inputs[i + 1] for i in level.kept]
+        saved += output[level.n_outputs :]
+        ctx.plain = {i: x for i, x in enumerate(saved) if not isinstance(x, Tensor)}
+        for i in ctx.plain:
+            saved[i] = None
+        ctx.save_for_backward(*saved)
+        ctx.is_inside = is_inside_level()
+        if ctx.is_inside:
+            ctx.save_for_forward(*saved)
             ctx.like = {
                 i: (output[i].shape, output[i].dtype, output[i].device) for i in level.active
             }
-        constant = (x for i, x in enumerate(output) if i not in level.active)
-        ctx.mark_non_differentiable(*(x for x in constant if isinstance(x, Tensor)))
+        if len(level.active) < len(output):
+            constant = (x for i, x in enumerate(output) if i not in level.active)
+            ctx.mark_non_differentiable(*(x for x in constant if isinstance(x, Tensor)))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         compiled: CompiledLevel = ctx.compiled
-        given = tuple(_kind(c) for c in cotangents)
+        given = tuple([_kind(c) for c in cotangents])
         none = (None,) * (ctx.n_inputs + 1)
         if all(kind is Cotangent.ABSENT for kind in given):
             return none
@@ -207,6 +219,8 @@ class _LevelFunction(torch.autograd.Function):
             for c, kind in zip(cotangents, given, strict=True)
             if c is not None and kind is Cotangent.GIVEN
         ]
+        if ctx.is_inside:
+            dense = unwrap_dead(dense)
         above = compiled.pullback(given, needed)
         found = above(*_saved(ctx), *dense)
         grads: list[Any] = list(none)
@@ -252,6 +266,8 @@ class _LevelFunction(torch.autograd.Function):
 
 def _one_by_one(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: int) -> Any:
     """Call a level for each sample by itself; return outputs and residuals, batched in front."""
+    if not size:
+        raise RuntimeError("a layer without a batching rule, inside of a vmap over nothing")
     rows = []
     for sample in range(size):
         own = [x[sample].contiguous() if i in over else x for i, x in enumerate(inputs)]
@@ -267,36 +283,29 @@ def _one_by_one(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: i
 _apply: Callable[..., Any] = super(torch.autograd.Function, _LevelFunction).apply
 
 
-def _saved(ctx: Any) -> list[Any]:
+def _saved(ctx: Any) -> Sequence[Any]:
     """Return the inputs that were kept and the residuals."""
-    return [
-        plain if tensor is None else tensor
-        for tensor, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)
-    ]
-
-
-def _with_a_node(x: Any) -> Any:
-    """Put a node of its own before a leaf: whether the engine will run it says whether the leaf's
-    gradient is asked for."""
-    if isinstance(x, Tensor) and x.requires_grad and x.is_leaf:
-        return x.view_as(x)
-    return x
+    saved = ctx.saved_tensors
+    if ctx.plain:
+        saved = [ctx.plain.get(i, x) for i, x in enumerate(saved)]
+    return unwrap_dead(saved) if ctx.is_inside else saved
 
 
 def _asked_for(ctx: Any) -> tuple[int, ...]:
     """Return the inputs whose gradients this run of the engine uses: fewer than require grad when
     `torch.autograd.grad` names its inputs."""
-    ahead = dict(zip(ctx.tensors, ctx.next_functions, strict=True))
-    return tuple(
-        i for i in ctx.compiled.level.wanted if ctx.needs_input_grad[i + 1] and _is_run(ahead[i][0])
-    )
+    needs, ahead, level = ctx.needs_input_grad, ctx.next_functions, ctx.compiled.level
+    return tuple([i for i in level.wanted if needs[i + 1] and _is_run(ahead[level.tensors[i]][0])])
 
 
 def _is_run(node: Any) -> bool:
-    if node is None:
-        return False
-    # A leaf inside of a transform; the engine does not say.
-    return node.name().endswith("AccumulateGrad") or torch._C._will_engine_execute_node(node)
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:
+        # Of a leaf, just when `torch.autograd.grad` was asked for its gradient.
+        if "A leaf node was passed" in str(error):
+            return True
+        raise
 
 
 def _kind(cotangent: Tensor | None) -> Cotangent:
