@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Level:
         graph: GraphModule,
         n_outputs: int,
         wanted: Sequence[int],
-        residual_inputs: Sequence[int] = (),
+        residual_inputs: Collection[int] = (),
     ) -> None:
         self.graph, self.n_outputs = graph, n_outputs
         self.wanted, self.residual_inputs = tuple(wanted), frozenset(residual_inputs)
@@ -103,7 +103,7 @@ class Level:
 
     def prepare(self) -> None:
         """Find out what is kept; later calls cost nothing."""
-        assert self._saved
+        _ = self._saved
 
     @property
     def residuals(self) -> list[Node]:

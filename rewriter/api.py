@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import torch
@@ -34,21 +34,14 @@ class OptimizedLoss(Specialising):
     """
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
-        super().__init__(function, options)
-        self._layers = Layers(options)
+        super().__init__(function, options, Layers(options))
 
     def _build(self, captured: torch.fx.GraphModule) -> Step:
         step = Step(rewrite(captured, self.options), self.options)
         return step if explaining.get() else step.prepare()
 
-    def _run_uncaptured(self, args: Any, kwargs: Any) -> Any:
-        with self._layers.on(modules_in(self.as_written, args, kwargs)):
-            return self.as_written(*args, **kwargs)
-
-    @property
-    def _also(self) -> str:
-        captured = ", ".join(sorted({forward.name for forward in self._layers.captured}))
-        return f"; captured by layer: {captured}" if captured else ""
+    def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
+        return modules_in(self.as_written, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else _BoundLoss(self, instance)
@@ -85,17 +78,10 @@ class OptimizedLoss(Specialising):
         except Explained as found:
             return make_report(found.rewritten)
         except CaptureError as refusal:
-            return Report(captured=False, reason=str(refusal), layers=self._layer_reports())
+            return Report(captured=False, reason=str(refusal), layers=self.layers.reports())
         finally:
             explaining.reset(token)
         return Report(captured=False, reason="the loss computes no tensors")
-
-    def _layer_reports(self) -> tuple[str, ...]:
-        captured = [f"{f.name}: captured, {len(f.steps)}" for f in self._layers.captured]
-        return (
-            *captured,
-            *(f"{f.name}: as written, {f.refusals[0]}" for f in self._layers.refused),
-        )
 
     def __copy__(self) -> OptimizedLoss:
         """Return itself, as a function does."""

@@ -20,6 +20,7 @@ from rewriter.checking import check_layer
 from rewriter.errors import CaptureError
 from rewriter.flatten import flatten
 from rewriter.options import Options
+from rewriter.report import TowerReport, level_reports
 from rewriter.rewrite import check_differentiability
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.stand_ins import StandIns, standing_in, stood_in
@@ -40,12 +41,24 @@ class OptimizedForward(Specialising):
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.module = module
-        super().__init__(functools.partial(type(module).forward, module), options)
+        super().__init__(functools.partial(type(module).forward, module), options, Layers(options))
         functools.update_wrapper(self, type(module).forward)
         self.name = type(module).__name__
 
     def _build(self, captured: GraphModule) -> Callable[..., Any]:
         return Tower(captured, self.options)
+
+    def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
+        return self.module.children()
+
+    def explain(self) -> TowerReport:
+        """Return what has been built so far, and why some calls run as written."""
+        return TowerReport(
+            name=self.name,
+            levels=tuple(found for tower in self.steps for found in level_reports(tower.base)),
+            reasons=tuple(str(refusal) for refusal in self.refusals),
+            layers=self.layers.reports(),
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced() or not is_inside_level() or not self.is_on:
@@ -154,14 +167,18 @@ class Layers:
                 del module.forward
 
     @property
-    def captured(self) -> list[OptimizedForward]:
-        """The forwards that run as towers."""
-        return [forward for forward in self.forwards.values() if forward.steps]
+    def said(self) -> str:
+        """What to say of them, after the reason why the function is not captured."""
+        names = ", ".join(sorted({f.name for f in self.forwards.values() if f.steps}))
+        return f"; captured by layer: {names}" if names else ""
 
-    @property
-    def refused(self) -> list[OptimizedForward]:
-        """The forwards that run as written."""
-        return [forward for forward in self.forwards.values() if forward.refusals]
+    def reports(self) -> tuple[str, ...]:
+        """Return a line for each that was called: captured, or as written and why."""
+        called = list(self.forwards.values())
+        return (
+            *(f"{f.name}: captured, {len(f.steps)}" for f in called if f.steps),
+            *(f"{f.name}: as written, {f.refusals[0]}" for f in called if f.refusals),
+        )
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -7,11 +7,11 @@ import contextlib
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.capture import (
@@ -31,23 +31,42 @@ from rewriter.snapshot import restored_on_error
 from rewriter.step import value_only
 
 
+class LayersOf(Protocol):
+    """Modules that run as towers inside of a function that is not captured."""
+
+    def on(self, modules: Iterable[nn.Module], /) -> contextlib.AbstractContextManager[None]:
+        """Let the modules and those inside them be towers inside the ``with`` block."""
+        ...
+
+    @property
+    def said(self) -> str:
+        """What to say of them, after the reason why the function is not captured."""
+        ...
+
+    def reports(self) -> tuple[str, ...]:
+        """Return a line for each that was called: captured, or as written and why."""
+        ...
+
+
 class Specialising(ABC):
     """A function that is captured as one graph for each kind of call.
 
     Attributes:
         as_written: The user's function.
         options: How it is optimised.
+        layers: The modules that calls run as towers which are not captured.
         steps: What was built, one for each specialisation so far.
         quiet: Whether no warning is given when a call is not captured.
     """
 
     quiet = False
 
-    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+    def __init__(self, function: Callable[..., Any], options: Options, layers: LayersOf) -> None:
         functools.update_wrapper(self, function)
         self.name: str = getattr(function, "__name__", type(function).__name__)
         self.as_written = function
         self.options = options
+        self.layers = layers
         self.steps: list[Any] = []
         self._specialize_floats = self._by_pullbacks = False
         self._refused: dict[Any, CaptureError] = {}
@@ -146,20 +165,21 @@ class Specialising(ABC):
         # An error of the user's own was raised above, as it is; what is left is ours to report.
         self._refused[_signature(args, kwargs)] = refusal
         if not self.quiet:
+            said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
             warnings.warn(
-                f"{self.name} runs as written: {refusal.reason} (at {refusal.where}){self._also}",
+                f"{self.name} runs as written: {said}",
                 NestedGradientWarning,
                 stacklevel=4,
             )
         return value
 
-    @property
-    def _also(self) -> str:
-        """What is done for a call that is not captured, to be said after the reason."""
-        return ""
+    @abstractmethod
+    def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
+        """Return the modules that a call may run."""
 
     def _run_uncaptured(self, args: Any, kwargs: Any) -> Any:
-        return self.as_written(*args, **kwargs)
+        with self.layers.on(self._modules(args, kwargs)):
+            return self.as_written(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -182,7 +202,7 @@ def _signature(args: Any, kwargs: Any) -> Any:
     def kind(item: Any) -> Any:
         if isinstance(item, Tensor):
             return tuple(item.shape), item.dtype, item.requires_grad
-        if isinstance(item, torch.nn.Module):
+        if isinstance(item, nn.Module):
             return id(item), item.training
         return type(item)
 

@@ -74,7 +74,9 @@ def stood_in(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any, A
             real[id(plain[id(x)])] = x
         return plain[id(x)]
 
-    stores = [store for m in module.modules() for store in (m._parameters, m._buffers)]
+    stores: list[dict[str, Any]] = [
+        store for m in module.modules() for store in (m._parameters, m._buffers)
+    ]
     own = [(store, name, x) for store in stores for name, x in store.items()]
     with outside_transforms() as levels:
         args, kwargs = pytree.tree_map(stand_in, (args, kwargs))

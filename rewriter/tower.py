@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,22 @@ class CompiledLevel:
             batched = Batched(self.level, several or OneSize(size), over, self.options)
         found.append(batched)
         return batched
+
+    def graphs(self) -> list[GraphModule]:
+        """Return the graphs that code was made for."""
+        made = ((self._primal, self.level.primal), (self._value, self.level.value))
+        return [graph() for compiled, graph in made if compiled is not None]
+
+    def walk(self, order: int = 0, what: str = "value") -> Iterator[tuple[int, str, CompiledLevel]]:
+        """Give this level and all that were made from it: order, what it is, level."""
+        yield order, what, self
+        for key, above in self._derivatives.items():
+            is_pullback = bool(key) and isinstance(key[0], tuple)
+            yield from above.walk(order + 1, "pullback" if is_pullback else "pushforward")
+        for found in self._batched.values():
+            for batched in found:
+                if batched.compiled is not None:
+                    yield from batched.compiled.walk(order, f"{what} of a batch")
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Return the outputs; they can be differentiated if gradients are on."""
@@ -280,7 +296,7 @@ def _one_by_one(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: i
 
 
 # What `Function.apply` does outside of transforms, without its inspection of signatures.
-_apply: Callable[..., Any] = super(torch.autograd.Function, _LevelFunction).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, _LevelFunction).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _saved(ctx: Any) -> Sequence[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from passes.price import price, size_hints
-from rewriter import CheckFailed, disabled, optimize_nested
+from rewriter import CheckFailed, NestedGradientWarning, disabled, optimize_nested
 from rewriter.layer import OptimizedForward
 from rewriter.tower import CompiledLevel
 from tests.cases import LOSSES, NETWORKS, make, mlp, with_written_norms
@@ -276,3 +277,114 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompiledLevel, "__call__", wrong)
     with pytest.raises(CheckFailed, match=r"check=True: .* differs"):
         optimize_nested(small(), backend="eager", check=True)(x)
+
+
+class Picky(nn.Module):
+    """Data-dependent Python around two networks, one of them picky itself."""
+
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.first = small()
+        self.inner = Picky(depth - 1) if depth else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.first(x)
+        if self.inner is not None:
+            u = u + self.inner(x * 2)
+        return u * 2 if u.detach().mean().item() > 0 else u.sin()
+
+
+def test_largest_submodules() -> None:
+    """A module that cannot be captured runs as written, what it calls as towers; both are said."""
+    net = Picky()
+    fast = optimize_nested(copy.deepcopy(net), backend="eager")
+    x = points(5, 3)
+    with pytest.warns(
+        NestedGradientWarning, match=r"Picky runs as written: .*by layer: Sequential"
+    ):
+        third(fast, x).backward()
+    assert_same(outcome(third, [fast], (x,), {}), outcome(third, [net], (x,), {}))
+    report = fast.forward.explain()
+    assert not report.levels and any("item" in reason for reason in report.reasons)
+    assert sum("Sequential: captured" in line for line in report.layers) == 2
+    assert sum("Picky: as written" in line for line in report.layers) == 1
+    assert "forward" not in fast.first.__dict__
+
+
+def test_explain() -> None:
+    fast = towered(small())
+    third(fast, points(5, 3)).backward()
+    report = fast.forward.explain()
+    assert [level.order for level in report.levels][:3] == [0, 1, 2]
+    assert all(level.flops > 0 for level in report.levels[:3])
+    assert "level 1, pullback" in str(report)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_sizes(size: int) -> None:
+    """Empty batches and single points, first and after others."""
+    net = small()
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        (g,) = grad(net(x).sum(), x, create_graph=True)
+        return g.square().sum() + net(x).sum()
+
+    fast = towered(net)
+    for n in (size, 5, 7, size):
+        x = points(n, 3)
+        assert_same(outcome(loss, [fast], (x,), {}), outcome(loss, [net], (x,), {}))
+        loss(fast, x)
+    assert len(steps(fast)) <= 3
+
+
+def test_memory_is_freed() -> None:
+    """What a call keeps goes with its result, and what a level keeps with the backward pass."""
+    fast = towered(mlp(nn.Tanh, 3, 64, 64))
+    alive: list[Any] = []
+    original = CompiledLevel.primal
+
+    def watched(self: CompiledLevel, inputs: Any, targets: Any) -> Any:
+        out = original(self, inputs, targets)
+        alive.extend(weakref.ref(x) for x in out if isinstance(x, Tensor))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledLevel, "primal", watched)
+        x = points(8, 64)
+        u = fast(x)
+        (g,) = grad(u.sum(), x, create_graph=True)
+        assert sum(ref() is not None for ref in alive) > 2
+        (g.square().sum() + u.sum()).backward()
+        kept = [ref() for ref in alive if ref() is not None]
+        assert all(any(k is own for own in (u, g)) for k in kept)
+        del kept, u, g
+        assert not any(ref() is not None for ref in alive)
+
+
+def test_backward_twice() -> None:
+    fast, net, x = towered(small()), small(), points(5, 3)
+    for module in (fast, net):
+        value = third(module, x)
+        value.backward(retain_graph=True)
+        value.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()
+    for mine, reference in zip(fast.parameters(), net.parameters(), strict=True):
+        assert torch.allclose(mine.grad, reference.grad, rtol=1e-9)
+
+
+def test_data_parallel(tmp_path: Any) -> None:
+    """Wrapped by DistributedDataParallel: gradients arrive at its hooks."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        net, x = small(), points(5, 3)
+        wrapped = nn.parallel.DistributedDataParallel(towered(net))
+        loss = wrapped(x).square().sum()
+        loss.backward()
+        net(x).square().sum().backward()
+        for mine, reference in zip(wrapped.parameters(), net.parameters(), strict=True):
+            assert torch.allclose(mine.grad, reference.grad, rtol=1e-9)
+        assert steps(wrapped.module)
+    finally:
+        dist.destroy_process_group()

@@ -15,9 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from passes.price import price, size_hints
 from rewriter import CaptureError, NestedGradientWarning, optimize_nested
-from rewriter.tower import CompiledLevel
 from tests.cases import make, mlp, with_written_norms
 from tests.oracle import assert_same, outcome
 
@@ -123,23 +121,6 @@ def test_forms(form: Callable[..., Tensor], network: str) -> None:
     assert_same(mine, expected)
 
 
-def _levels(compiled: CompiledLevel) -> list[CompiledLevel]:
-    """Return a level and all that were made from it."""
-    above = list(compiled._derivatives.values())
-    above += [b.compiled for found in compiled._batched.values() for b in found if b.compiled]
-    return [compiled, *(one for level in above for one in _levels(level))]
-
-
-def _flops(base: CompiledLevel) -> float:
-    total = 0
-    for compiled in _levels(base):
-        for made, graph in ((compiled._primal, "primal"), (compiled._value, "value")):
-            if made is not None:
-                module = getattr(compiled.level, graph)()
-                total += price(module).at(size_hints(module))[0]
-    return total
-
-
 @pytest.mark.parametrize(
     ("name", "derivative", "passes"),
     [
@@ -158,8 +139,7 @@ def test_passes(name: str, derivative: Callable[..., Any], passes: float) -> Non
     x = torch.randn(4, 8, dtype=D)
     forward = 2 * 4 * sum(p.numel() for p in net.parameters() if p.dim() == 2)
     derivative(net, x)
-    found = _flops(net.forward.steps[0].base) / forward
-    # A per-sample graph that was made on the way to its batch is not run.
+    found = sum(level.flops for level in net.forward.explain().levels) / forward
     assert found <= passes + 1e-9, found
 
 
@@ -175,7 +155,7 @@ def test_batch_sizes() -> None:
     for size in (5, 7, 9, 4, 13, 1, 0, 5):
         x = torch.randn(size, 3, dtype=D)
         assert torch.allclose(form(fast, x), form(net, x), rtol=1e-12, atol=1e-14)
-        counts.append(len(_levels(fast.forward.steps[0].base)))
+        counts.append(len(fast.forward.explain().levels))
     assert counts[1] == counts[2] == counts[4] and counts[-1] == counts[-2]
 
 
