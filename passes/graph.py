@@ -80,9 +80,14 @@ def where(node: Node) -> str:
         if not line.startswith("File "):
             continue
         path, _, rest = line.removeprefix('File "').partition('", line ')
-        if found == "?" or not path.startswith(_NOT_THE_USERS):
+        if found == "?" or is_users(path):
             found = f"{path}:{rest.split(',')[0]}: {code}"
     return found
+
+
+def is_users(path: str) -> bool:
+    """Whether a file is the user's: not PyTorch's, nor our Python that stands in for it."""
+    return not path.startswith(_NOT_THE_USERS)
 
 
 def placeholders(graph: Graph) -> list[Node]:

@@ -102,6 +102,26 @@ def _is_dual_level_open() -> bool:
     return False
 
 
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Compute outside of every transform that is open around the block."""
+    return temporarily_clear_interpreter_stack()
+
+
+@contextlib.contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Keep a checkpoint from counting what fake tensors save."""
+    top = _A._top_saved_tensors_default_hooks(False)
+    if top is None:
+        yield
+        return
+    _A._pop_saved_tensors_default_hooks()
+    try:
+        with without_saved_tensor_hooks():
+            yield
+    finally:
+        _A._push_saved_tensors_default_hooks(*top)
+
+
 def is_wrapped(x: Any) -> bool:
     """Whether a transform has wrapped this value."""
     return isinstance(x, Tensor) and _C.is_functorch_wrapped_tensor(x)
@@ -111,7 +131,7 @@ def write_outside(name: str, x: Tensor, *arguments: Any, **options: Any) -> Tens
     """Call the in-place method ``name`` of ``x`` outside of every transform; return a zero."""
     if any(isinstance(item, Tensor) and _is_batched(item) for item in arguments):
         raise RuntimeError(MIXES)
-    plain = [_unwrapped(item) for item in arguments]
+    plain = [unwrapped(item) for item in arguments]
     with (
         temporarily_clear_interpreter_stack(),
         torch.no_grad(),
@@ -131,7 +151,8 @@ def _is_batched(x: Tensor) -> bool:
     return False
 
 
-def _unwrapped(item: Any) -> Any:
+def unwrapped(item: Any) -> Any:
+    """Return what the transforms around this call have wrapped, as a constant."""
     while is_wrapped(item):
         item = _C.get_unwrapped(item)
     return item.detach() if isinstance(item, Tensor) else item
