@@ -16,6 +16,7 @@ from rewriter.errors import CaptureError
 from rewriter.layer import Layers, optimize_class, optimize_module
 from rewriter.naming import modules_in, named_tensors
 from rewriter.options import Options, make_options
+from rewriter.recorder import Recorder
 from rewriter.report import Report, make_report
 from rewriter.rewrite import rewrite
 from rewriter.specialising import Specialising, gradients_on
@@ -35,6 +36,8 @@ class OptimizedLoss(Specialising):
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         super().__init__(function, options, Layers(options))
+        if options.capture == "trace":
+            self._compiled = Recorder(function, self._built, check=options.check)
 
     def _build(self, captured: torch.fx.GraphModule) -> Step:
         step = Step(rewrite(captured, self.options), self.options)
@@ -184,6 +187,11 @@ def optimize_nested(function: Any = None, /, **options: Any) -> Any:
 def _decorate(function: Any, options: Options) -> Any:
     if isinstance(function, OptimizedLoss):
         function = function.as_written
+    is_module = isinstance(function, nn.Module) or (
+        inspect.isclass(function) and issubclass(function, nn.Module)
+    )
+    if is_module and options.capture == "trace":
+        raise ValueError("capture: 'trace' records a loss; expected 'dynamo' for a module")
     if isinstance(function, nn.Module):
         return optimize_module(function, options)
     if inspect.isclass(function) and issubclass(function, nn.Module):

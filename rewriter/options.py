@@ -13,6 +13,7 @@ from passes.strategies import NAMES
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CAPTURES = ("dynamo", "trace")
 STRATEGIES = ("auto", "as written", *NAMES)
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("disabled", default=False)
@@ -28,6 +29,8 @@ class Options:
         dynamic: As in `torch.compile`.
         strategy: A strategy's name for all sites, or a mapping from site names to strategies;
             ``"auto"`` takes the cheapest.
+        capture: ``"dynamo"`` traces the loss's Python; ``"trace"`` runs it and records the calls of
+            PyTorch that it makes, once for each kind of call.
         strict: Whether anything left as written is an error.
         check: Whether each new specialisation is compared with the loss as written in float64.
         enabled: False calls the loss as written.
@@ -37,6 +40,7 @@ class Options:
     mode: str = "default"
     dynamic: bool | None = None
     strategy: str | Mapping[str, str] = "auto"
+    capture: str = "dynamo"
     strict: bool = False
     check: bool = False
     enabled: bool = True
@@ -44,8 +48,14 @@ class Options:
     def __post_init__(self) -> None:
         _require("backend", self.backend, BACKENDS)
         _require("mode", self.mode, MODES)
+        _require("capture", self.capture, CAPTURES)
         if self.dynamic not in (None, True, False):
             raise ValueError(f"dynamic: expected None, True or False, got {self.dynamic!r}")
+        if self.capture == "trace" and self.dynamic:
+            raise ValueError(
+                "dynamic: expected None or False with capture='trace', got True: a recording holds "
+                "for the sizes it was made with; others are recorded when they are met"
+            )
         if isinstance(self.strategy, Mapping):
             for site, name in self.strategy.items():
                 _require(f"strategy[{site!r}]", name, STRATEGIES)

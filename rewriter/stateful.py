@@ -102,11 +102,6 @@ def _is_dual_level_open() -> bool:
     return False
 
 
-def outside_transforms() -> contextlib.AbstractContextManager[Any]:
-    """Compute outside of every transform that is open around the block."""
-    return temporarily_clear_interpreter_stack()
-
-
 @contextlib.contextmanager
 def without_saved_tensor_hooks() -> Iterator[None]:
     """Keep a checkpoint from counting what fake tensors save."""

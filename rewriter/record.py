@@ -1,0 +1,164 @@
+"""Run a loss once and return what it did."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from passes.graph import is_users
+from passes.tracing import without_fused_kernels
+from rewriter import stateful
+from rewriter.announced import replaced, unannounced
+from rewriter.errors import CaptureError
+from rewriter.generators import Generators, generators_restored
+from rewriter.host_calls import line_of
+from rewriter.options import disabled
+from rewriter.reach import EVERY_NAME, asks_for_any_name
+from rewriter.recording import Input, Recording
+
+
+@dataclass
+class Recorded:
+    """What one run of a loss did.
+
+    Attributes:
+        module: The calls it made, as a graph; its outputs are the tensors that were computed.
+        inputs: All tensors that it read and had not made.
+        used: Those that the graph takes, in order.
+        outputs: What the loss returned.
+        places: For each leaf of that: ``("output", i)``, ``("input", i)`` or ``("value", leaf)``.
+        tensors: The graph's outputs as they were computed.
+        gradients: Those of their sum, by input; None if PyTorch has none.
+        generators: The states of the random generators before and after.
+        names: Names that the code mentions.
+        modes: The modules that were called, and whether they were in train mode.
+    """
+
+    module: GraphModule
+    inputs: list[Input]
+    used: list[Input]
+    outputs: Any
+    places: list[tuple[str, Any]]
+    tensors: list[Tensor]
+    gradients: dict[Input, Tensor | None] | None
+    generators: tuple[Generators, Generators]
+    names: set[str]
+    modes: dict[nn.Module, bool]
+
+
+class _Names:
+    """Collect the names that executed code mentions: attributes and globals it can have read."""
+
+    def __init__(self) -> None:
+        self.codes: set[CodeType] = set()
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            self.codes.add(frame.f_code)
+
+    @property
+    def names(self) -> set[str]:
+        found: set[str] = set()
+        for code in self.codes:
+            if is_users(code.co_filename) or code.co_filename.startswith(_TORCH_NN):
+                found.update(code.co_names, code.co_freevars)
+                found.update(c for c in code.co_consts if isinstance(c, str))
+            if is_users(code.co_filename) and asks_for_any_name(code):
+                found.add(EVERY_NAME)
+        return found
+
+
+_TORCH_NN = os.path.dirname(nn.__file__)
+
+
+def record(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    known: Mapping[int, tuple[str, bool]],
+    fixed: set[int],
+    *,
+    shake: bool,
+    gradients: bool,
+) -> Recorded:
+    """Run a loss once and return the calls that it made; nothing of its tensors, gradients or
+    random generators stays changed.
+
+    Args:
+        function: The loss.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        known: Tensors that it can reach, by id: their names, and whether they are arguments.
+        fixed: Ids of tensors that keep their values.
+        shake: Whether the others get other values than they have.
+        gradients: Whether to compute the gradients too.
+
+    Raises:
+        CaptureError: It did what cannot be recorded.
+    """
+    recording, names = Recording(known, fixed, shake=shake), _Names()
+    modes: dict[nn.Module, bool] = {}
+    profile = sys.getprofile()
+    with contextlib.ExitStack() as stack:
+        start = stack.enter_context(generators_restored())
+        # Casts of parameters that are kept hold for other values than the recording's.
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(recording.cleanup)
+        stack.enter_context(disabled())
+        stack.enter_context(without_fused_kernels())
+        stack.enter_context(stateful.levels_restored())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for owner, name, value in list(unannounced(recording)):
+            stack.enter_context(replaced(owner, name, value))
+
+        def note(module: nn.Module, _: Any) -> None:
+            modes.setdefault(module, module.training)
+
+        called = register_module_forward_pre_hook(note)
+        stack.callback(called.remove)
+        try:
+            sys.setprofile(names)
+            with recording:
+                outputs = function(*args, **kwargs)
+        except CaptureError:
+            raise
+        except Exception as error:
+            if recording.refused is not None:
+                raise recording.refused from error
+            frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
+            own = [f for f in frames if is_users(f.f_code.co_filename)]
+            text = (str(error).splitlines() or [""])[0]
+            raise CaptureError(f"{type(error).__name__}: {text}", line_of(own)) from error
+        finally:
+            sys.setprofile(profile)
+        end = Generators.now()
+        if recording.refused is not None:
+            raise recording.refused
+        tensors, places, used = recording.outputs_of(outputs)
+        found = recording.gradients(tensors) if gradients else None
+        tensors = [x.detach().clone() for x in tensors]
+        module = GraphModule(nn.Module(), recording.graph)
+    return Recorded(
+        module=module,
+        inputs=recording.inputs,
+        used=used,
+        outputs=outputs,
+        places=places,
+        tensors=tensors,
+        gradients=found,
+        generators=(start, end),
+        names=names.names,
+        modes=modes,
+    )

@@ -1,0 +1,388 @@
+"""A function behind recordings of it: ``capture="trace"``.
+
+A recording holds for calls that read the same: tensors of the same kind, equal numbers, the same
+functions, modules in the same mode. It is made twice, with different values, and its graph is run
+on the second ones; whatever of the two does not agree is a refusal, not a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from passes.graph import where
+from rewriter.as_written import gradients_of, run_as_written
+from rewriter.capture import MAX_SPECIALISATIONS
+from rewriter.errors import CaptureError, OptimizeNestedError
+from rewriter.generators import Generators, generators_restored
+from rewriter.naming import modules_in
+from rewriter.reach import Kind, aliases, arguments, is_same, kind_of, reached
+from rewriter.record import Recorded, record
+from rewriter.recording import Input
+
+
+@dataclass(frozen=True)
+class _Specialisation:
+    """What was built for one kind of call.
+
+    Attributes:
+        names: Names that the code mentions.
+        kinds: What the call could read, by path.
+        aliases: Which paths were the same tensor.
+        surroundings: What else PyTorch computes by.
+        sources: Where each input of the step is: a path, a weak reference, or a constant.
+        held: For tensors found by reference or read by host code, what they have to be.
+        modes: Modules that are called and have no path, and whether they were in train mode.
+        step: The step.
+        places: What each leaf of the result is.
+        spec: What the leaves are put together to.
+    """
+
+    names: set[str]
+    kinds: dict[str, Any]
+    volatile: frozenset[str]
+    aliases: dict[str, str]
+    surroundings: Any
+    sources: tuple[Any, ...]
+    held: tuple[tuple[Any, Any, Tensor | None], ...]
+    modes: tuple[tuple[weakref.ref[Any], bool], ...]
+    step: Callable[..., Sequence[Any]]
+    places: list[tuple[str, Any]]
+    spec: Any
+
+    def inputs(self, found: dict[str, Any], surroundings: Any) -> list[Any] | None:
+        """Return the step's inputs for a call; None if it is a call of another kind."""
+        found = {path: x for path, x in found.items() if not _below(path, self.volatile)}
+        if surroundings != self.surroundings or found.keys() != self.kinds.keys():
+            return None
+        if not all(is_same(x, self.kinds[path]) for path, x in found.items()):
+            return None
+        if aliases(found) != self.aliases:
+            return None
+        if any(getattr(module(), "training", None) != mode for module, mode in self.modes):
+            return None
+        for source, kind, value in self.held:
+            x = _at(source, found)
+            if x is None or not is_same(x, kind):
+                return None
+            if value is not None and not torch.equal(x, value):
+                return None
+        return [_at(source, found) for source in self.sources]
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        outputs = self.step(*inputs)
+        kinds = {"output": outputs, "input": inputs}
+        leaves = [x if kind == "value" else kinds[kind][x] for kind, x in self.places]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _below(path: str, roots: frozenset[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def _at(source: Any, found: dict[str, Any]) -> Any:
+    if isinstance(source, str):
+        return found[source]
+    return source() if isinstance(source, weakref.ref) else source
+
+
+class Recorder:
+    """Call a function as the graph that was recorded of it; record it for each kind of call.
+
+    Args:
+        function: The user's function.
+        build: Returns what computes the outputs of a graph from its inputs.
+        check: Whether the recording is compared once more with a run on the caller's own values.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], build: Callable[..., Any], *, check: bool
+    ) -> None:
+        self.function, self.build, self.check = function, build, check
+        self.made: list[_Specialisation] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        surroundings = _surroundings()
+        walks: list[tuple[set[str], dict[str, Any]]] = []
+        for specialisation in self.made:
+            names = specialisation.names
+            found = next((w for n, w in walks if n == names), None)
+            if found is None:
+                found = reached(self.function, args, kwargs, names)
+                walks.append((names, found))
+            inputs = specialisation.inputs(found, surroundings)
+            if inputs is not None:
+                return specialisation(inputs)
+        if len(self.made) >= MAX_SPECIALISATIONS:
+            raise CaptureError(f"more than {MAX_SPECIALISATIONS} specialisations")
+        specialisation = self._record(args, kwargs)
+        found = reached(self.function, args, kwargs, specialisation.names)
+        inputs = specialisation.inputs(found, surroundings)
+        if inputs is None:
+            raise CaptureError("what the loss reads changes by itself from call to call")
+        self.made.append(specialisation)
+        return specialisation(inputs)
+
+    def _record(self, args: Any, kwargs: Any) -> _Specialisation:
+        function = self.function
+        data = {id(x): (n, True) for n, x in arguments(function, args, kwargs).items()}
+        modes = {
+            m: m.training for root in modules_in(function, args, kwargs) for m in root.modules()
+        }
+
+        def run(known: Any, fixed: set[int], *, shake: bool, first: bool = False) -> Recorded:
+            try:
+                recorded = record(
+                    function, args, kwargs, known, fixed, shake=shake, gradients=not first
+                )
+                if any(module.training != mode for module, mode in modes.items()):
+                    raise CaptureError("the loss leaves a module in another mode")
+                return recorded
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+
+        with _host_generators_restored():
+            first = run(data, set(), shake=False, first=True)
+            names = set(first.names)
+            before = reached(function, args, kwargs, names)
+            known = {id(x): (p, False) for p, x in before.items() if isinstance(x, Tensor)} | {
+                i: (p, True) for i, (p, _) in data.items()
+            }
+            fixed = {id(i.tensor) for i in first.inputs if i.was_read}
+            second = run(known, fixed, shake=True)
+            after = reached(function, args, kwargs, names)
+            volatile = frozenset(
+                path
+                for path in {*before, *after}
+                if path not in before or path not in after or not _is_still(before, after, path)
+            )
+            last, difference = second, _difference(first, second)
+            if difference or volatile or self.check:
+                # State that the loss keeps may have been made by the first run; and what stays of
+                # it should come from a run on the caller's own values.
+                last = run(known, fixed, shake=False)
+                difference = _difference(second, last)
+        if difference is not None:
+            raise difference
+        _verify(second)
+        if last is not second:
+            _verify(last)
+        _burn_in(second, last if last is not second else first)
+        # A module that only one of the runs has called was made by it.
+        modes = {m: mode for m, mode in second.modes.items() if m in first.modes}
+        return self._built(second, names | second.names, volatile, modes, args, kwargs)
+
+    def _built(
+        self,
+        recorded: Recorded,
+        names: set[str],
+        volatile: frozenset[str],
+        modes: dict[torch.nn.Module, bool],
+        args: Any,
+        kwargs: Any,
+    ) -> _Specialisation:
+        found = reached(self.function, args, kwargs, names)
+        found = {path: x for path, x in found.items() if not _below(path, volatile)}
+        known = {x.id for x in found.values() if isinstance(x, Kind)}
+        path_of = {id(x): p for p, x in reversed(found.items()) if isinstance(x, Tensor)}
+        _refuse_written_aliases(recorded.inputs)
+        sources: dict[Input, Any] = {}
+        for entry in recorded.inputs:
+            if entry.is_constant:
+                sources[entry] = entry.value
+            else:
+                sources[entry] = path_of.get(id(entry.tensor)) or weakref.ref(entry.tensor)
+        held = tuple(
+            (source, kind_of(entry.tensor), entry.value if entry.was_read else None)
+            for entry, source in sources.items()
+            if entry.was_read or isinstance(source, weakref.ref)
+        )
+        used = recorded.used
+        try:
+            step = self.build(recorded.module, [entry.tensor for entry in used])
+        except OptimizeNestedError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"internal error in optimize_nested: {error!r}") from error
+        return _Specialisation(
+            names=names,
+            kinds={path: kind_of(x) for path, x in found.items()},
+            volatile=volatile,
+            aliases=aliases(found),
+            surroundings=_surroundings(),
+            sources=tuple(sources[entry] for entry in used),
+            held=held,
+            modes=tuple((weakref.ref(m), mode) for m, mode in modes.items() if id(m) not in known),
+            step=step,
+            places=recorded.places,
+            spec=pytree.tree_structure(recorded.outputs),
+        )
+
+
+def _is_still(before: dict[str, Any], after: dict[str, Any], path: str) -> bool:
+    old, new = before[path], after[path]
+    if isinstance(old, Tensor) or isinstance(new, Tensor):
+        return old is new
+    return is_same(new, kind_of(old))
+
+
+def _surroundings() -> Any:
+    """Return what PyTorch computes by, beside the arguments."""
+    casts = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    return casts, torch.get_default_dtype(), torch.get_default_device()
+
+
+@contextlib.contextmanager
+def _host_generators_restored() -> Iterator[None]:
+    python, array = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(array)
+
+
+def _difference(one: Recorded, other: Recorded) -> CaptureError | None:
+    """Return how two recordings of a call differ."""
+    index: dict[Node, int] = {}
+    numbers: dict[Node, int] = {}
+    for graph, order in ((one.module.graph, index), (other.module.graph, numbers)):
+        order.update({node: i for i, node in enumerate(graph.nodes)})
+    start = "recorded twice, with different values, the loss is two graphs: "
+    pairs = list(zip(one.module.graph.nodes, other.module.graph.nodes, strict=False))
+    for a, b in pairs:
+        same_call = a.op == b.op and (a.target == b.target or a.op == "placeholder")
+        same_line = where(a) == where(b)
+        mine, theirs = _plain(a, index), _plain(b, numbers)
+        if not (same_call and _equal(mine, theirs)):
+            what = f"{a.format_node()}" + (f", and {b.format_node()}" if same_call else "")
+            line = where(b) if same_line else f"{where(a)}, and {where(b)}"
+            return CaptureError(f"{start}{what}", line)
+    if len(one.module.graph.nodes) != len(other.module.graph.nodes):
+        longer = max((one.module.graph, other.module.graph), key=lambda g: len(g.nodes))
+        extra = list(longer.nodes)[len(pairs) - 1]
+        return CaptureError(f"{start}{extra.format_node()} in one only", where(extra))
+    for a, b in zip(one.inputs, other.inputs, strict=True):
+        if a.is_constant != b.is_constant or (a.is_constant and not _close(a.value, b.value, 0.0)):
+            user = next(iter(b.node.users), b.node)
+            return CaptureError(f"{start}a constant differs, {b.node.name}", where(user))
+    if not _equal(one.places, other.places):
+        return CaptureError(f"{start}it returns {one.places}, and {other.places}")
+    return None
+
+
+def _plain(node: Node, index: dict[Node, int]) -> Any:
+    if node.op == "placeholder":
+        return None
+    return pytree.tree_map(
+        lambda leaf: ("node", index[leaf]) if isinstance(leaf, Node) else leaf,
+        (list(node.args), dict(node.kwargs)),
+        is_leaf=lambda leaf: isinstance(leaf, Node),
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, slice):
+        return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+    return a == b or (a != a and b != b)
+
+
+def _burn_in(one: Recorded, other: Recorded) -> None:
+    """Make constants of tensors that each run has made anew without our notice.
+
+    Raises:
+        CaptureError: One may not be the same in the next run.
+    """
+    for a, b in zip(one.inputs, other.inputs, strict=True):
+        if a.is_constant or a.tensor is b.tensor:
+            continue
+        x = a.tensor
+        surely = x.dtype.is_floating_point and not a.requires_grad and not a.written
+        if not surely or not _close(a.value, b.value, 0.0):
+            user = next(iter(a.node.users), a.node)
+            raise CaptureError(
+                f"a tensor {tuple(x.shape)} that is made anew in each run, by a function of which "
+                "PyTorch gives no notice",
+                where(user),
+            )
+        a.is_constant = True
+
+
+def _refuse_written_aliases(inputs: Sequence[Input]) -> None:
+    storages = [i.tensor.untyped_storage()._cdata for i in inputs]
+    for entry, storage in zip(inputs, storages, strict=True):
+        if entry.written and storages.count(storage) > 1:
+            raise CaptureError(
+                "the loss writes to an input that shares memory with another one", where(entry.node)
+            )
+
+
+def _verify(recorded: Recorded) -> None:
+    """Run the recorded graph on the values that it was recorded with.
+
+    Raises:
+        CaptureError: It computes something else than the run that was recorded: part of that was
+            not seen.
+    """
+    used, (start, end) = recorded.used, recorded.generators
+    wanted = [n for n, i in enumerate(used) if i.requires_grad]
+    with generators_restored(start):
+        values, own = run_as_written(recorded.module, [i.start for i in used], wanted)
+        ended = Generators.now()
+    pairs = [("the value", u, v) for u, v in zip(values, recorded.tensors, strict=True)]
+    pairs += [
+        (f"{i.name or 'an input'}", x, i.final) for i, x in zip(used, own, strict=True) if i.written
+    ]
+    if recorded.gradients is not None:
+        grads = gradients_of(values, [own[n] for n in wanted])
+        names = [f"the gradient of {used[n].name}" for n in wanted]
+        pairs += list(zip(names, grads, [recorded.gradients[used[n]] for n in wanted], strict=True))
+    for name, mine, theirs in pairs:
+        if mine is None or theirs is None:
+            same = mine is theirs
+        else:
+            same = _close(mine, theirs, _tolerance(theirs))
+        if not same:
+            raise CaptureError(
+                f"{name} of the loss is not that of the recorded graph: it computes by other means "
+                "than PyTorch's functions, such as memory shared with NumPy"
+            )
+    if ended != end:
+        raise CaptureError("the loss seeds a random generator")
+
+
+def _tolerance(x: Tensor) -> float:
+    if not x.dtype.is_floating_point and not x.dtype.is_complex:
+        return 0.0
+    return 1e-9 if torch.finfo(x.dtype).eps < 1e-12 else 1e3 * torch.finfo(x.dtype).eps
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.detach(), b.detach()
+    if a.numel() == 0 or not (b.dtype.is_floating_point or b.dtype.is_complex):
+        return torch.equal(a, b)
+    finite = b[torch.isfinite(b)].abs()
+    size = finite.max().item() if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * size, equal_nan=True)
