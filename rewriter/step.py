@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import is_random, needs, placeholders, results
 from passes.linearize import Linearization, split
+from rewriter.batched import one_by_one
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
@@ -185,13 +186,15 @@ class _StepFunction(torch.autograd.Function):
         ]
         given = [cotangents[i] for i in step.roles.differentiable]
         if step.halves is None:
-            grads = _scaled(rest, given[0])
+            grads = [None] * len(rest)
+            if given[0] is not None:
+                grads = one_by_one(lambda c: _scaled(rest, c), [given[0]])
         else:
             full = [
                 torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                 for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
             ]
-            grads = step.pull_back(rest, full)
+            grads = one_by_one(lambda *c: step.pull_back(rest, c), full)
         reached = step.reached_from(cotangents)
         by_input = dict(zip(step.roles.wanted, grads, strict=True))
         return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
@@ -202,11 +205,9 @@ def _generators() -> tuple[Tensor, list[Tensor] | None]:
     return torch.get_rng_state(), cuda
 
 
-def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor | None) -> list[Tensor | None]:
+def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor) -> list[Tensor | None]:
     """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and
     change them."""
-    if cotangent is None:
-        return [None] * len(grads)
     factor = cotangent.reshape(())
     there = [g for g in grads if g is not None]
     scaled = iter(torch._foreach_mul(there, factor) if there else ())

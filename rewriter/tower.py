@@ -16,6 +16,7 @@ from passes.graph import results, shares_memory
 from passes.levels import CannotBatch, Cotangent, Level
 from passes.simplify.zeros import zero_nodes
 from passes.tracing import AnySize
+from rewriter.batched import one_by_one
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.options import Options
 from rewriter.stateful import (
@@ -238,7 +239,8 @@ class _LevelFunction(torch.autograd.Function):
         if ctx.is_inside:
             dense = unwrap_dead(dense)
         above = compiled.pullback(given, needed)
-        found = above(*_saved(ctx), *dense)
+        saved = _saved(ctx)
+        found = one_by_one(lambda *c: above(*saved, *c), dense)
         grads: list[Any] = list(none)
         for position, grad in zip(needed, found, strict=True):
             grads[position + 1] = grad
