@@ -154,6 +154,7 @@ class Specialising(ABC):
         """Run the loss as written, and say once why."""
         if self.options.strict:
             raise refusal
+        signature = _signature(args, kwargs)  # as it is before the call, which may add to a dict
         try:
             with restored_on_error(self.as_written, args, kwargs):
                 value = self._run_uncaptured(args, kwargs)
@@ -163,7 +164,7 @@ class Specialising(ABC):
                 note(f"{self.name} ran as written because of: {refusal}")
             raise
         # An error of the user's own was raised above, as it is; what is left is ours to report.
-        self._refused[_signature(args, kwargs)] = refusal
+        self._refused[signature] = refusal
         if not self.quiet:
             said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
             warnings.warn(

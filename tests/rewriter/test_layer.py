@@ -388,3 +388,43 @@ def test_data_parallel(tmp_path: Any) -> None:
         assert steps(wrapped.module)
     finally:
         dist.destroy_process_group()
+
+
+class Potential(nn.Module):
+    """A module that reads a number from a tensor, and adds to the dict it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(nn.SiLU, 3, 6, 3)
+        self.calls = 0
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        inputs["positions"].requires_grad_()
+        count = int(inputs["index"][-1]) + 1
+        energies = self.net(inputs["positions"])
+        zeros = torch.zeros(count, 1, dtype=D)
+        inputs["energy"] = zeros.index_add(0, inputs["index"], energies)
+        return inputs
+
+
+def test_what_a_refused_module_calls_is_captured() -> None:
+    torch.manual_seed(0)
+    net, x = Potential(), points(5, 3)
+    fast = towered(net)
+
+    def force(model: nn.Module, x: Tensor) -> Tensor:
+        inputs = {"positions": x.detach().clone(), "index": torch.tensor([0, 0, 1, 1, 2])}
+        energy = model(inputs)["energy"]
+        (g,) = grad(energy.sum(), inputs["positions"], create_graph=True)
+        return g.square().sum() + energy.square().sum()
+
+    said = r"Potential runs as written: an integer .*; captured by layer: Sequential"
+    with pytest.warns(NestedGradientWarning, match=said):
+        assert_same(outcome(force, [fast], (x,), {}), outcome(force, [net], (x,), {}))
+    with pytest.warns(NestedGradientWarning, match=said):
+        force(fast, x)  # what was compared was copies
+    calls = fast.calls
+    force(fast, x)  # neither a warning nor another try
+    assert fast.calls == calls + 1
+    assert not steps(fast)
