@@ -35,6 +35,15 @@ demo: setup ## Train Burgers' equation as written and rewritten, side by side
 test: setup ## Run the tests, two at a time (options for pytest: ARGS="-k name")
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# Libraries that only these tests and examples/clients.py need; without them the tests are skipped.
+$(VENV)/.clients: $(STAMP)
+	$(PIP) install --constraint constraints.txt --editable '.[clients]'
+	touch $@
+
+.PHONY: clients
+clients: $(VENV)/.clients ## Train networks by DeepXDE, SchNetPack, zuko and torchdiffeq as towers
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/clients $(ARGS)
+
 # How many random programs `make fuzz` runs, shared out among the families in tests/programs.py.
 N ?= 1000
 
