@@ -3,6 +3,8 @@
 Both are the library's own examples; `dde.grad` differentiates the network by eager autograd.
 """
 
+import contextlib
+import io
 import os
 
 os.environ["DDE_BACKEND"] = "pytorch"
@@ -75,10 +77,10 @@ def beam(
 
 
 def _client(line: Line, dtype: torch.dtype, make_data, layers: list[int]) -> Client:
-    dde.config.set_default_float("float32")  # the same weights in every precision
+    _set_float(torch.float32)  # the same weights in every precision
     dde.config.set_random_seed(0)
     net = dde.nn.FNN(layers, "tanh", "Glorot normal").to(dtype)
-    dde.config.set_default_float(str(dtype).removeprefix("torch."))
+    _set_float(dtype)
     data = make_data()
 
     net = line(net)
@@ -92,3 +94,8 @@ def _client(line: Line, dtype: torch.dtype, make_data, layers: list[int]) -> Cli
         return [float(np.sum(losses)) for losses in history.loss_train[:-1]]
 
     return Client(net, net, lambda: model.train_step(*batch), train)
+
+
+def _set_float(dtype: torch.dtype) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        dde.config.set_default_float(str(dtype).removeprefix("torch."))
