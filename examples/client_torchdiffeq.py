@@ -50,14 +50,25 @@ def trace_df_dz(f: Tensor, z: Tensor) -> Tensor:
 
 
 def flow(
-    line: Line, dtype: torch.dtype, points: int = 512, width: int = 64, adjoint: bool = False
+    line: Line,
+    dtype: torch.dtype,
+    points: int = 512,
+    width: int = 64,
+    adjoint: bool = False,
+    whole: bool = False,
 ) -> Client:
-    """Fit a density to two moons; gradients through the solver's steps, or by its adjoint."""
+    """Fit a density to two moons; gradients through the solver's steps, or by its adjoint.
+
+    The line is applied to the field, or to the field with its divergence.
+    """
     torch.manual_seed(0)
     field = Field(width).to(dtype)
-    field = line(field)
-
+    if not whole:
+        field = line(field)
     function = Flow(field)
+    if whole:
+        function = line(function)
+
     x, _ = two_moons(points, dtype)
     times = torch.tensor([1.0, 0.0], dtype=dtype)
     solve = odeint_adjoint if adjoint else odeint
@@ -73,4 +84,5 @@ def flow(
         optimizer.step()
         return loss.item()
 
-    return Client(function, field, step, lambda steps: [step() for _ in range(steps)])
+    net = function if whole else field
+    return Client(function, net, step, lambda steps: [step() for _ in range(steps)])

@@ -11,9 +11,10 @@ clients = example("torchdiffeq", "client_torchdiffeq")
 SIZES = {"points": 16, "width": 8}
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["field", "field_and_divergence"])
 @pytest.mark.parametrize("adjoint", [False, True], ids=["odeint", "odeint_adjoint"])
-def test_float64(adjoint: bool) -> None:
-    check_captured(check(clients.flow, **SIZES, adjoint=adjoint))
+def test_float64(adjoint: bool, whole: bool) -> None:
+    check_captured(check(clients.flow, **SIZES, adjoint=adjoint, whole=whole))
 
 
 def test_float32() -> None:
