@@ -222,7 +222,7 @@ class Level:
 
 
 # Beside pointwise operators: what costs nothing to do again.
-_CHEAP = {
+CHEAP = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
     aten.t.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.slice.Tensor,
@@ -235,6 +235,14 @@ _CHEAP = {
 }  # fmt: skip
 
 
+# Pointwise operators whose derivative is a function of their result: it is kept in place of what
+# they are applied to, which costs no memory and saves the transcendental function.
+_KEPT_RESULTS = {
+    aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.expm1.default,
+    aten.tan.default, aten.sqrt.default, aten.rsqrt.default,
+}  # fmt: skip
+
+
 def _is_expensive(node: Node) -> bool:
     """Whether a node's value is kept rather than computed again."""
     if node.op != "call_function" or not isinstance(value_of(node), Tensor):
@@ -243,9 +251,9 @@ def _is_expensive(node: Node) -> bool:
     assert isinstance(source, Node)
     if source.op != "call_function":
         return False
-    if is_random(source):
+    if is_random(source) or source.target in _KEPT_RESULTS:
         return True
-    if source.target in _CHEAP:
+    if source.target in CHEAP:
         return False
     return torch.Tag.pointwise not in getattr(source.target, "tags", ())
 

@@ -537,6 +537,8 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
         if trace.refused:
             return CaptureError(trace.refused, _user_line(error, text))
         reason = text[0] if text else type(error).__name__
+        if any("Could not guard on data-dependent expression" in line for line in text):
+            reason = "a branch on the value of a tensor"
         got = re.search(r"got \w+\([\"'](.*?)[\"']\)", " ".join(text))
         if got is not None:  # what an operator said on fake tensors
             reason += f": {got[1]}"

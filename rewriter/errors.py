@@ -29,6 +29,10 @@ class NeedsPullbacks(CaptureError):
     """Dynamo cannot trace this forward mode; capture anew with pullbacks in its place."""
 
 
+class TooLittleWork(CaptureError):
+    """Calls of this size are quicker as written."""
+
+
 class OptionError(OptimizeNestedError, ValueError):
     """An option asks for something that this loss does not have."""
 

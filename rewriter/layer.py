@@ -14,10 +14,11 @@ from torch.fx import GraphModule
 from passes.graph import is_random, placeholders
 from passes.levels import Level
 from passes.nest import NotNested, active_nodes, nest
+from passes.work import work_of
 from rewriter.as_written import measure
 from rewriter.capture import is_traced, keep_numbers
 from rewriter.checking import check_layer
-from rewriter.errors import CaptureError
+from rewriter.errors import CaptureError, OptionError, TooLittleWork
 from rewriter.flatten import flatten
 from rewriter.options import Options
 from rewriter.report import TowerReport, level_reports
@@ -29,6 +30,8 @@ from rewriter.step import value_only
 from rewriter.tower import CompiledLevel
 
 M = TypeVar("M", bound=nn.Module)
+
+STRATEGIES = ("auto", "jvp_over_gradient", "as written")
 
 
 class OptimizedForward(Specialising):
@@ -46,7 +49,16 @@ class OptimizedForward(Specialising):
         self.name = type(module).__name__
 
     def _build(self, captured: GraphModule) -> Callable[..., Any]:
-        return Tower(captured, self.options)
+        tower = Tower(captured, self.options)
+        if self._may_be_small and (work := work_of(tower.base.level)).is_too_little:
+            raise TooLittleWork(str(work))
+        return tower
+
+    @property
+    def _may_be_small(self) -> bool:
+        """Whether calls that are quicker as written run so: a tower is asked for by strategy."""
+        options = self.options
+        return options.backend == "inductor" and options.strategy == "auto" and not options.check
 
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
         return self.module.children()
@@ -63,7 +75,7 @@ class OptimizedForward(Specialising):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced() or not is_inside_level() or not self.is_on:
             return super().__call__(*args, **kwargs)
-        if self.is_refused(args, kwargs):
+        if self.refusal_of(args, kwargs) is not None:
             return self.as_written(*args, **kwargs)
         try:
             with stood_in(self.module, args, kwargs) as (plain_args, plain_kwargs), gradients_on():
@@ -190,14 +202,35 @@ def _is_layer(module: nn.Module) -> bool:
     return not is_one_operator
 
 
+def _check_strategy(options: Options) -> None:
+    """Refuse what a tower cannot be told.
+
+    Raises:
+        OptionError: A strategy that is none of a tower's.
+    """
+    if options.strategy not in STRATEGIES:
+        raise OptionError(
+            f"strategy: a module takes one of {', '.join(map(repr, STRATEGIES))}, got "
+            f"{options.strategy!r}"
+        )
+
+
 def optimize_module(module: M, options: Options) -> M:
-    """Give a module a compiled ``forward`` with compiled derivatives, in place; return it."""
+    """Give a module a compiled ``forward`` with compiled derivatives, in place; return it.
+
+    Raises:
+        OptionError: A strategy that is none of a tower's.
+    """
+    _check_strategy(options)
+    if options.strategy == "as written":
+        return module
     module.forward = OptimizedForward(module, options)
     return module
 
 
 def optimize_class(cls: type[M], options: Options) -> type[M]:
     """Make every instance of a class such a module, from the end of its ``__init__`` on."""
+    _check_strategy(options)
     original = cls.__init__
 
     @functools.wraps(original)

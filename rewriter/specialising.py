@@ -25,7 +25,13 @@ from rewriter.capture import (
     is_transformed,
     refuse_no_grad_in_transforms,
 )
-from rewriter.errors import CaptureError, NeedsNumber, NeedsPullbacks, NestedGradientWarning
+from rewriter.errors import (
+    CaptureError,
+    NeedsNumber,
+    NeedsPullbacks,
+    NestedGradientWarning,
+    TooLittleWork,
+)
 from rewriter.options import Options, is_disabled
 from rewriter.snapshot import restored_on_error
 from rewriter.step import value_only
@@ -86,8 +92,9 @@ class Specialising(ABC):
         # the first question.
         if torch.compiler.is_compiling() or not self.is_on or is_transformed():
             return self.as_written(*args, **kwargs)
-        if self.is_refused(args, kwargs):
-            return self._run_uncaptured(args, kwargs)
+        refusal = self.refusal_of(args, kwargs)
+        if refusal is not None:
+            return self._run_uncaptured(refusal, args, kwargs)
         try:
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 return self._captured_call(args, kwargs)
@@ -138,9 +145,9 @@ class Specialising(ABC):
         """Whether this function is not switched off, here or everywhere."""
         return self.options.enabled and not is_disabled()
 
-    def is_refused(self, args: Any, kwargs: Any) -> bool:
-        """Whether calls like this one have been found to run as written."""
-        return bool(self._refused) and _signature(args, kwargs) in self._refused
+    def refusal_of(self, args: Any, kwargs: Any) -> CaptureError | None:
+        """Return why calls like this one run as written, if they have been found to."""
+        return self._refused.get(_signature(args, kwargs)) if self._refused else None
 
     def _built(self, captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """Be Dynamo's backend."""
@@ -152,12 +159,12 @@ class Specialising(ABC):
 
     def _fall_back(self, refusal: CaptureError, args: Any, kwargs: Any) -> Any:
         """Run the loss as written, and say once why."""
-        if self.options.strict:
+        if self.options.strict and not isinstance(refusal, TooLittleWork):
             raise refusal
         signature = _signature(args, kwargs)  # as it is before the call, which may add to a dict
         try:
             with restored_on_error(self.as_written, args, kwargs):
-                value = self._run_uncaptured(args, kwargs)
+                value = self._run_uncaptured(refusal, args, kwargs)
         except Exception as error:
             note: Any = getattr(error, "add_note", None)  # Python 3.11
             if note is not None:
@@ -165,7 +172,7 @@ class Specialising(ABC):
             raise
         # An error of the user's own was raised above, as it is; what is left is ours to report.
         self._refused[signature] = refusal
-        if not self.quiet:
+        if not self.quiet and not isinstance(refusal, TooLittleWork):
             said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
             warnings.warn(
                 f"{self.name} runs as written: {said}",
@@ -178,7 +185,9 @@ class Specialising(ABC):
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
         """Return the modules that a call may run."""
 
-    def _run_uncaptured(self, args: Any, kwargs: Any) -> Any:
+    def _run_uncaptured(self, refusal: CaptureError, args: Any, kwargs: Any) -> Any:
+        if isinstance(refusal, TooLittleWork):
+            return self.as_written(*args, **kwargs)
         with self.layers.on(self._modules(args, kwargs)):
             return self.as_written(*args, **kwargs)
 
@@ -207,5 +216,6 @@ def _signature(args: Any, kwargs: Any) -> Any:
             return id(item), item.training
         return type(item)
 
-    leaves = pytree.tree_leaves((args, kwargs))
-    return tuple(kind(leaf) for leaf in leaves)
+    if kwargs or any(type(item) is not Tensor for item in args):
+        args = pytree.tree_leaves((args, kwargs))
+    return tuple([kind(leaf) for leaf in args])

@@ -277,12 +277,12 @@ class _LevelFunction(torch.autograd.Function):
         ]
         batched = call.compiled.batched(info.batch_size, over)
         if batched.compiled is None:
-            return _one_by_one(call, moved, over, info.batch_size)
+            return _sample_by_sample(call, moved, over, info.batch_size)
         ends = tuple(batched.compiled(*moved))
         return ends, tuple(0 if is_batched else None for is_batched in batched.is_batched)
 
 
-def _one_by_one(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: int) -> Any:
+def _sample_by_sample(call: _Call, inputs: Sequence[Any], over: Sequence[int], size: int) -> Any:
     """Call a level for each sample by itself; return outputs and residuals, batched in front."""
     if not size:
         raise RuntimeError("a layer without a batching rule, inside of a vmap over nothing")
