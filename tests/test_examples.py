@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import burgers
 import critic
+import layers
 import side_by_side
 
 TINY = ["--backend", "eager", "--rounds", "2", "--seed", "1"]
@@ -47,6 +48,14 @@ def test_example_runs(main, arguments: list[str], picture: str, capsys) -> None:
     if main is burgers.main:
         assert "relative L2 error against the exact solution" in printed
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_run(capsys) -> None:
+    layers.main(["--backend", "eager", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    for words in ("as written (eager)", "optimize_nested(net)", "force matching", "difference"):
+        assert words in printed
+    assert "did not compile" not in printed
 
 
 @pytest.mark.parametrize("method", ["adam", "lbfgs"])

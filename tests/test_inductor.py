@@ -11,7 +11,7 @@ from torch.autograd import grad
 
 from rewriter import NestedGradientWarning, OptimizeNestedError, optimize_nested
 from tests.cases import mlp, with_written_norms
-from tests.oracle import check
+from tests.oracle import assert_same, check, outcome
 
 pytestmark = pytest.mark.inductor
 
@@ -88,3 +88,20 @@ def test_inductors_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         check(everything, [net], x, backend="inductor")
     with pytest.raises(OptimizeNestedError, match="no code for this"):
         optimize_nested(everything, strict=True)(net, x)
+
+
+def test_tower() -> None:
+    """A module's levels, each compiled, under autograd and under a vmap of two sizes."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    fast = optimize_nested(copy.deepcopy(net), strategy="jvp_over_gradient", strict=True)
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        laplacian = torch.func.vmap(
+            lambda z: torch.trace(torch.func.hessian(lambda y: net(y).sum())(z))
+        )
+        return g.square().sum() + laplacian(x).square().sum() + net(x).square().sum()
+
+    for size in (5, 7):
+        x = torch.randn(size, 3, dtype=torch.float64, requires_grad=True)
+        assert_same(outcome(loss, [fast], (x,), {}), outcome(loss, [net], (x,), {}))

@@ -271,3 +271,42 @@ def test_ensemble() -> None:
 
     mine, reference = form(fast), form(net)
     assert all(torch.allclose(mine[n], g, rtol=1e-9) for n, g in reference.items())
+
+
+def _trace_of_hessian(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(lambda z: torch.trace(hessian(lambda y: net(y).sum())(z)))(x).square().mean()
+
+
+def _compiled_outside(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(p).sum(), p, create_graph=True)
+    return (g.norm(dim=1) - 1).square().mean()
+
+
+def _second_order_of_gradient(net: nn.Module, x: Tensor) -> Tensor:
+    first = grad(lambda z: net(z).sin().sum())
+    return _contract(grad(lambda z: first(z).square().sum())(x))
+
+
+PAINS = {
+    "gradient penalty": _compiled_outside,
+    "jvp": jvp_form,
+    "hessian": lambda net, x: _contract(hessian(lambda z: net(z).sum())(x[0])),
+    "vmap(hessian)": lambda net, x: _contract(vmap(hessian(lambda z: net(z).sum()))(x)),
+    "hessian with trace": _trace_of_hessian,
+    "dual level": dual_form,
+    "hessian(hessian)": lambda net, x: _contract(hessian(hessian(lambda z: net(z).sum()))(x[0])),
+    "BatchNorm in eval mode, forward mode": jvp_form,
+    "gradient of a gradient function": _second_order_of_gradient,
+}
+
+
+@pytest.mark.parametrize("name", PAINS)
+def test_what_stock_compilation_refuses_or_gets_wrong(name: str) -> None:
+    """FACTS of PyTorch 2.13: none of these compiles. BatchNorm in train mode is above."""
+    net = mlp(nn.Tanh, 4, 8, 4)
+    if "BatchNorm" in name:
+        net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()).double().eval()
+    x = torch.randn(5, 4, dtype=D)
+    mine = outcome(PAINS[name], [towered(net)], (x,), {})
+    assert_same(mine, outcome(PAINS[name], [net], (x,), {}))
