@@ -98,7 +98,8 @@ class Level:
         ends = [*range(self.n_outputs)]
         ends += [self.n_outputs + i for i, is_used in enumerate(used) if is_used]
         residuals = [node for node, is_used in zip(candidates, used, strict=True) if is_used]
-        kept = tuple(i for i in range(n_inputs) if read[i])
+        # Sizes cost nothing, and forward mode may read more of them.
+        kept = tuple(i for i in range(n_inputs) if read[i] or i not in self.tensors)
         return residuals, kept, frozenset(i for i, end in enumerate(ends) if end in live)
 
     def prepare(self) -> None:

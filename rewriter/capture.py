@@ -422,6 +422,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         settings |= {
             "recompile_limit": MAX_SPECIALISATIONS,
             "reorderable_logging_functions": {print, warnings.warn},
+            "skip_nnmodule_hook_guards": False,  # a hook may come after the capture
         }
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_quiet())

@@ -137,9 +137,9 @@ class Tower:
         Raises:
             CaptureError: The module draws or writes to its state, where PyTorch does otherwise.
         """
-        real = stand_ins.behind(inputs)
-        written = [real[i] for i in self.base.updated]
         with stand_ins.lifted():
+            real = stand_ins.behind(inputs)
+            written = [real[i] for i in self.base.updated]
             if self._draws and is_inside_transform():
                 # PyTorch draws in another order there, by the memory format of what it wraps.
                 raise CaptureError("a layer that draws, inside of a torch.func transform")

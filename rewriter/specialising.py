@@ -34,6 +34,7 @@ from rewriter.errors import (
 )
 from rewriter.options import Options, is_disabled
 from rewriter.snapshot import restored_on_error
+from rewriter.stateful import set_aside
 from rewriter.step import value_only
 
 
@@ -153,7 +154,8 @@ class Specialising(ABC):
         """Be Dynamo's backend."""
         if self._by_pullbacks:
             refuse_no_grad_in_transforms(captured)
-        step = self._build(captured)
+        with set_aside():
+            step = self._build(captured)
         self.steps.append(step)
         return step
 

@@ -61,6 +61,23 @@ def outside_transforms() -> contextlib.AbstractContextManager[list[Any]]:
     return temporarily_clear_interpreter_stack()
 
 
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Leave transforms and hooks on saved tensors (checkpoints) inside the ``with`` block: what is
+    traced there is none of the user's."""
+    hooks = []
+    if _A._saved_tensors_hooks_is_enabled():
+        while (top := _A._top_saved_tensors_default_hooks(True)) is not None:
+            hooks.append(top)
+            _A._pop_saved_tensors_default_hooks()
+    try:
+        with outside_transforms():
+            yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            _A._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def inside_transforms(levels: list[Any]) -> contextlib.AbstractContextManager[None]:
     """Open transforms that are closed for the time being, inside of `outside_transforms`."""
     return temporarily_restore_interpreter_stack(levels)

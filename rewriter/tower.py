@@ -22,7 +22,7 @@ from rewriter.options import Options
 from rewriter.stateful import (
     is_inside_level,
     is_inside_transform,
-    outside_transforms,
+    set_aside,
     unwrap_dead,
 )
 from rewriter.step import own_tensors
@@ -39,18 +39,22 @@ class CompiledLevel:
         self._batched: dict[Any, list[Batched]] = {}
         self.zeros: frozenset[int] = frozenset()
         self._shares = True
+        self._is_prepared = False
 
-    def _compile(self, module: GraphModule) -> Compiled:
-        zeros = zero_nodes(module.graph)
-        self._shares = shares_memory(module.graph)
-        self.zeros = frozenset(i for i, node in enumerate(results(module.graph)) if node in zeros)
+    def _compile(self, make: Callable[[], GraphModule]) -> Compiled:
         options = self.options
-        return compile_graph(module, options.backend, options.mode, strict=options.strict)
+        with set_aside():
+            module = make()
+            zeros = zero_nodes(module.graph)
+            found = results(module.graph)
+            self.zeros = frozenset(i for i, node in enumerate(found) if node in zeros)
+            self._shares = shares_memory(module.graph)
+            return compile_graph(module, options.backend, options.mode, strict=options.strict)
 
     def value(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Return the outputs, nothing kept."""
         if self._value is None:
-            self._value = self._compile(self.level.value())
+            self._value = self._compile(self.level.value)
         with torch.no_grad():
             out = self._value(*inputs)
             self._update([inputs[i] for i in self.updated], out)
@@ -59,7 +63,7 @@ class CompiledLevel:
     def primal(self, inputs: Sequence[Any], targets: Sequence[Tensor]) -> tuple[Any, ...]:
         """Return the outputs and the residuals; write to ``targets`` what the level updates."""
         if self._primal is None:
-            self._primal = self._compile(self.level.primal())
+            self._primal = self._compile(self.level.primal)
         out = self._primal(*inputs)
         if targets:
             self._update(targets, out)
@@ -83,7 +87,7 @@ class CompiledLevel:
         )
 
     def _above(self, key: Any, make: Callable[[], Level]) -> CompiledLevel:
-        with outside_transforms():
+        with set_aside():
             made = self._derivatives[key] = CompiledLevel(make(), self.options)
         return made
 
@@ -99,7 +103,7 @@ class CompiledLevel:
         for batched in found:
             if batched.size.admits(size):
                 return batched
-        with outside_transforms():
+        with set_aside():
             several = self.level.any_size(size) if found and size > 1 else None
             batched = Batched(self.level, several or OneSize(size), over, self.options)
         found.append(batched)
@@ -125,15 +129,21 @@ class CompiledLevel:
         """Return the outputs; they can be differentiated if gradients are on."""
         level = self.level
         if is_inside_level():
-            with outside_transforms():
-                level.prepare()
+            self._prepare()
             return _LevelFunction.apply(*self._arguments(inputs))[: level.n_outputs]  # pyright: ignore[reportOptionalSubscript]
         if torch.is_grad_enabled():
             for i in level.wanted:
                 x = inputs[i]
                 if isinstance(x, Tensor) and x.requires_grad:
+                    self._prepare()
                     return _apply(*self._arguments(inputs))[: level.n_outputs]
         return self.value(inputs)
+
+    def _prepare(self) -> None:
+        if not self._is_prepared:
+            with set_aside():
+                self.level.prepare()
+            self._is_prepared = True
 
     def _arguments(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the call and its inputs, those that it writes to as they are before."""

@@ -14,6 +14,7 @@ from torch.autograd import functional, grad
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from passes.price import price, size_hints
 from passes.work import work_of
@@ -459,3 +460,53 @@ def test_strategies_of_a_module() -> None:
     assert "forward" not in plain.__dict__ and plain(x).shape == (5, 1)
     with pytest.raises(OptionError, match="strategy: a module takes one of 'auto'"):
         towered(small(), strategy="reverse")
+
+
+def test_checkpoint() -> None:
+    """The module inside of a checkpoint: what is traced for it is none of the checkpoint's."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        u = checkpoint(net, x, use_reentrant=False)
+        (g,) = grad(u.sum(), x, create_graph=True)
+        return g.square().sum() + u.sum()
+
+    same(loss, small(), points(5, 3))
+
+
+def test_hooks_that_come_later() -> None:
+    """A hook on an inner module, registered after the capture and taken off again."""
+    net, x = small(), points(5, 3)
+    fast = towered(net)
+    loss = optimize_nested(lambda net, x: net(x).square().sum(), backend="eager")
+    for add in (False, True, False):
+        handles = []
+        for module in (net, fast):
+            if add:
+                handles.append(module[0].register_forward_hook(lambda m, i, o: o * 2))
+        assert torch.allclose(fast(x), net(x), rtol=1e-12)
+        assert torch.allclose(loss(net, x), net(x).square().sum(), rtol=1e-12)
+        for handle in handles:
+            handle.remove()
+
+
+def test_autocast() -> None:
+    net, x = small().float(), points(5, 3).float()
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            u = net(p)
+        assert u.dtype is torch.bfloat16
+        (g,) = grad(u.float().sum(), p, create_graph=True)
+        return g.square().sum()
+
+    fast = towered(net)
+    mine, eager = (outcome(loss, [m], (x,), {}) for m in (fast, net))
+    exact = outcome(
+        lambda net, x: grad(net(x).sum(), x, create_graph=True)[0].square().sum(),
+        [copy.deepcopy(net).double()], (points(5, 3),), {},
+    )  # fmt: skip
+    for name, g in mine.grads.items():
+        if g is not None and exact.grads[name] is not None and name != "argument 0":
+            own = (eager.grads[name] - exact.grads[name]).abs().max()
+            assert (g - exact.grads[name]).abs().max() <= 2 * own + 1e-7

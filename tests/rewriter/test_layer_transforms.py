@@ -14,6 +14,7 @@ from torch.autograd import forward_ad as fwd
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from rewriter import CaptureError, NestedGradientWarning, optimize_nested
 from tests.cases import make, mlp, with_written_norms
@@ -310,3 +311,23 @@ def test_what_stock_compilation_refuses_or_gets_wrong(name: str) -> None:
     x = torch.randn(5, 4, dtype=D)
     mine = outcome(PAINS[name], [towered(net)], (x,), {})
     assert_same(mine, outcome(PAINS[name], [net], (x,), {}))
+
+
+def test_ways_of_vmap() -> None:
+    """Dimensions, chunks, dicts, a vmap in a vmap, parameters; several sizes on the way."""
+    net, x = make("Tanh")
+    fast = towered(net)
+    x, two = x.detach(), torch.tensor(2.0, dtype=D)
+    ways: list[Callable[[nn.Module], Any]] = [
+        lambda m: vmap(lambda z, s: m(z) * s, (1, None), 1, chunk_size=2)(x.T.contiguous(), two),
+        lambda m: vmap(lambda d: m(d["a"] + d["b"]))({"a": x, "b": 2 * x}),
+        lambda m: vmap(vmap(grad(lambda z: m(z).sum())))(x.repeat(2, 1, 1)),
+        lambda m: jacrev(jacfwd(m))(x[0]),
+        lambda m: jacfwd(lambda p: functional_call(m, p, (x,)).sum(0))(dict(m.named_parameters())),
+        lambda m: jacfwd(lambda p: functional_call(m, p, (x[:4],)))(dict(m.named_parameters())),
+    ]
+    for way in ways:
+        for mine, reference in zip(
+            pytree.tree_leaves(way(fast)), pytree.tree_leaves(way(net)), strict=True
+        ):
+            assert torch.allclose(mine, reference, rtol=1e-9, atol=1e-14)
