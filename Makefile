@@ -49,7 +49,7 @@ N ?= 1000
 
 .PHONY: fuzz
 fuzz: setup ## Compare random programs with themselves as written, others each time (N=5000)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 7)) \
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 8)) \
 		$(BIN)/python -m pytest tests/test_fuzz.py -s --hypothesis-profile=fuzz $(ARGS)
 
 .PHONY: conformance

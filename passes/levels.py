@@ -173,6 +173,7 @@ class Level:
         n_kept = len(self.kept)
         residuals = range(n_kept, n_kept + len(self.residuals))
         constant = {n_kept + i for i in range(len(self.residuals)) if not self._moves(i)}
+        constant |= {index for index, i in enumerate(self.kept) if i not in self.wanted}
         wanted = tuple(i for i, n in enumerate(taken) if is_float(n) and i not in constant)
         return Level(module, n_outputs, wanted, residuals)
 

@@ -327,6 +327,8 @@ def _asked_for(ctx: Any) -> tuple[int, ...]:
 
 
 def _is_run(node: Any) -> bool:
+    if node is None:
+        return False
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError as error:

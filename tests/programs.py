@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import linecache
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +104,9 @@ def run(program: Program) -> None:
     name = f"<program {id(program)}>"
     source = program.definitions
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    scope: dict[str, Any] = {"__name__": "program"}
+    # Dynamo imports the module of a function that it traces.
+    module = sys.modules["program"] = types.ModuleType("program")
+    scope = module.__dict__
     try:
         exec(compile(source, name, "exec"), scope)
         batches = [program.batch] * 2 + ([] if program.then is None else [program.then])
@@ -115,7 +119,7 @@ def run(program: Program) -> None:
             **dict(program.options),
         )
     finally:
-        del linecache.cache[name]
+        del linecache.cache[name], sys.modules["program"]
 
 
 def compare(
@@ -126,6 +130,7 @@ def compare(
     dtype: torch.dtype = torch.float64,
     grad: bool = False,
     absent_is_zero: bool = False,
+    is_around: bool = False,
     **options: Any,
 ) -> None:
     """Call a loss, decorated, once per batch size on other data each time; compare each step.
@@ -142,12 +147,15 @@ def compare(
         grad: Whether the first tensor requires grad.
         absent_is_zero: Whether a gradient may be zero that the loss as written leaves at None:
             `torch.autograd.functional.jvp` is captured as `torch.func.jvp`, which has one.
+        is_around: Whether the network is decorated in place of the loss.
         **options: Options of the decorator.
     """
     torch.manual_seed(1)
     wide = make().double()
     net = copy.deepcopy(wide).to(dtype)
-    decorated = optimize_nested(loss, backend="eager", **options)
+    decorated: Any = optimize_nested(loss, backend="eager", **options)
+    if is_around:
+        decorated = _around(loss, options)
     for call, batch in enumerate(batches):
         torch.manual_seed(2 + call)
         exact_args = tuple(torch.randn(batch, 4, dtype=torch.float64) for _ in "xy")
@@ -158,7 +166,8 @@ def compare(
         mine = _rewritten(decorated, net, args)
         if absent_is_zero:
             mine = replace(mine, grads=_without_zeros(mine.grads, exact.grads))
-        if decorated._by_pullbacks:  # forward mode's zeros are what pullbacks do not reach
+        # Forward mode's zeros are what pullbacks do not reach.
+        if is_around or decorated._by_pullbacks:
             exact = replace(exact, grads=_without_zeros(exact.grads, mine.grads))
         try:
             if dtype is torch.float64:
@@ -169,7 +178,17 @@ def compare(
         except AssertionError as difference:
             _refuse_if_ill_conditioned(loss, reference, exact_args, exact, dtype, difference)
             raise
-    assert len(decorated.steps) <= len(set(batches)), "a specialisation was not used again"
+    if not is_around:
+        assert len(decorated.steps) <= len(set(batches)), "a specialisation was not used again"
+
+
+def _around(loss: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return the loss around a decorated network."""
+
+    def call(net: nn.Module, *args: Any) -> Tensor:
+        return loss(optimize_nested(net, backend="eager", **options), *args)
+
+    return call
 
 
 def _as_written(loss: Callable[..., Tensor], net: nn.Module, args: tuple[Tensor, ...]) -> Outcome:
@@ -756,6 +775,7 @@ class Family:
         statements: The statements of its losses, by the names of `_Writer`'s methods.
         dtypes: The types it computes in.
         strategies: The strategies that it asks for.
+        is_around: Whether the network is decorated, and the loss is eager code around it.
     """
 
     layers: Sequence[str]
@@ -763,6 +783,7 @@ class Family:
     statements: Sequence[str] = ()
     dtypes: Sequence[str] = ("float64",)
     strategies: Sequence[str] = ("auto",)
+    is_around: bool = False
 
 
 _PLAIN = ("value", "constant", "written")
@@ -789,6 +810,12 @@ FAMILIES = {
         statements=("gradient", "gradient", "leaf", "value", "parameters"),
         strategies=("jvp_over_gradient", "reverse", "as written"),
     ),
+    "around": Family(
+        (*LAYERS, *WRITERS),
+        (*TRANSFORMS, *BATCHED),
+        ("gradient", "expression", "gradient", *_PLAIN, "parameters"),
+        is_around=True,
+    ),
 }
 
 
@@ -802,6 +829,8 @@ def programs(draw: Draw, family: str) -> Program:
     lines = writer.body(grad)
     strategy = draw(st.sampled_from(tuple(kind.strategies)))
     options: list[tuple[str, Any]] = [] if strategy == "auto" else [("strategy", strategy)]
+    if kind.is_around:
+        options.append(("is_around", True))
     if kind.forms is FUNCTIONAL:
         options.append(("absent_is_zero", True))
     then = draw(st.sampled_from((None, None, None, None, None, None, None, 5)))

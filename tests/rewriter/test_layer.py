@@ -510,3 +510,10 @@ def test_autocast() -> None:
         if g is not None and exact.grads[name] is not None and name != "argument 0":
             own = (eager.grads[name] - exact.grads[name]).abs().max()
             assert (g - exact.grads[name]).abs().max() <= 2 * own + 1e-7
+
+
+def test_what_carries_no_derivative() -> None:
+    """A saved result that is a constant to autograd stays one at every order."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.LogSigmoid(), nn.Linear(4, 1)).double()
+    same(third, net, points(5, 3))
