@@ -25,7 +25,13 @@ from rewriter.report import TowerReport, level_reports
 from rewriter.rewrite import check_differentiability
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.stand_ins import StandIns, standing_in, stood_in
-from rewriter.stateful import is_inside_level, is_inside_transform, is_inside_vmap, is_wrapped
+from rewriter.stateful import (
+    is_inside_level,
+    is_inside_transform,
+    is_inside_vmap,
+    is_wrapped,
+    loses_no_grad,
+)
 from rewriter.step import value_only
 from rewriter.tower import CompiledLevel
 
@@ -73,9 +79,14 @@ class OptimizedForward(Specialising):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.as_written(*args, **kwargs)
+        refusal = self.refusal_of(args, kwargs)
+        if isinstance(refusal, TooLittleWork):
+            return self.as_written(*args, **kwargs)  # right in every mode, and soon found out
         if is_traced() or not is_inside_level() or not self.is_on:
             return super().__call__(*args, **kwargs)
-        if self.refusal_of(args, kwargs) is not None:
+        if refusal is not None:
             return self.as_written(*args, **kwargs)
         try:
             with stood_in(self.module, args, kwargs) as (plain_args, plain_kwargs), gradients_on():
@@ -148,6 +159,8 @@ class Tower:
             if any(is_wrapped(x) for x in written):
                 raise CaptureError("a transform over the state that a layer updates")
             with torch.set_grad_enabled(not value_only.get()):
+                if loses_no_grad():
+                    raise CaptureError("no_grad and a torch.func transform")
                 return self.base(*real)
 
 

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import predispatch
 from torch._functorch.pyfunctorch import (
+    GradInterpreter,
+    JvpInterpreter,
+    retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
     temporarily_restore_interpreter_stack,
 )
@@ -49,6 +52,18 @@ def is_inside_vmap() -> bool:
     """Whether a vmap is open around this call."""
     levels = _C.get_interpreter_stack() or ()
     return any(level.key() == _C.TransformType.Vmap for level in levels)
+
+
+def loses_no_grad() -> bool:
+    """Whether gradients are off in a transform around this call that would turn them on for an
+    `autograd.Function`: PyTorch does so below each transform but those entered under `no_grad`."""
+    is_on = torch.is_grad_enabled()
+    for level in reversed(retrieve_all_functorch_interpreters()):
+        if isinstance(level, GradInterpreter) and not level.prev_grad_mode():
+            is_on = False
+        elif isinstance(level, (GradInterpreter, JvpInterpreter)) and not is_on:
+            return True
+    return False
 
 
 def is_inside_level() -> bool:

@@ -28,6 +28,7 @@ ACCEPTED = {
     "NoRule.*log_sigmoid_forward": "log_sigmoid, for directions in a batch",
     r"attempting to call Tensor.requires_grad_\(\)": "functional.* inside of functional.jvp",
     "forward mode under no_grad": "forward mode does not stop at no_grad",
+    "no_grad and a torch.func transform": "PyTorch turns gradients on below a transform",
     "updates its state, inside of a vmap": "a vmap over BatchNorm in train mode",
 }
 

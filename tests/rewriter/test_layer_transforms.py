@@ -188,19 +188,6 @@ def test_refusals() -> None:
     assert torch.equal(mine, grad(lambda z: net(z).sum())(x))
 
 
-def test_no_grad_inside() -> None:
-    net, x = make("Tanh")
-    fast = towered(net)
-
-    def constant(module: nn.Module, z: Tensor) -> Tensor:
-        with torch.no_grad():
-            u = module(z)
-        return (u * z.sum()).sum()
-
-    mine, reference = (grad(lambda z, m=m: constant(m, z))(x) for m in (fast, net))
-    assert torch.allclose(mine, reference, rtol=1e-12)
-
-
 # PyTorch's own, for any module with parameters.
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 def test_other_modes_around() -> None:
@@ -331,3 +318,31 @@ def test_ways_of_vmap() -> None:
             pytree.tree_leaves(way(fast)), pytree.tree_leaves(way(net)), strict=True
         ):
             assert torch.allclose(mine, reference, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:.* runs as written. no_grad and a torch.func transform")
+@pytest.mark.parametrize("form", [jvp_form, grad_form, dual_form, PAINS["vmap(hessian)"]])
+def test_constants_stay_constants(form: Callable[..., Tensor]) -> None:
+    """What is computed under `no_grad`, around the transform or inside, sends nothing back."""
+    net = mlp(nn.Tanh, 3, 6, 3)
+    x = torch.randn(4, 3, dtype=D, requires_grad=True)
+
+    def around(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight = form(net, x)
+        assert not weight.requires_grad
+        return (net(x) * weight).sum()
+
+    def inside(net: nn.Module, x: Tensor) -> Tensor:
+        class Constant(nn.Module):
+            def forward(self, z: Tensor) -> Tensor:
+                with torch.no_grad():
+                    u = net(z)
+                return u * z.sum()
+
+        return (net(x) * form(Constant(), x)).sum()
+
+    for loss in (around, inside):
+        fast = optimize_nested(copy.deepcopy(net), backend="eager")
+        mine, expected = outcome(loss, [fast], (x,), {}), outcome(loss, [net], (x,), {})
+        assert_same(mine, expected)
