@@ -313,13 +313,15 @@ def _setattr_of_dynamo() -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    old = getattr(owner, name)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for the block."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, old)
+        setattr(owner, name, before) if own else delattr(owner, name)
 
 
 def number_of(x: Tensor) -> Tensor:
@@ -426,20 +428,20 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         }
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_quiet())
-        stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
-        stack.enter_context(_replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
+        stack.enter_context(replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
+        stack.enter_context(replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
         name = "speculate_subgraph_with_auto_output_flattening"
         if hasattr(higher_order_ops, name):
             traced = _speculate(getattr(higher_order_ops, name))
-            stack.enter_context(_replaced(higher_order_ops, name, traced))
+            stack.enter_context(replaced(higher_order_ops, name, traced))
         apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
-        stack.enter_context(_replaced(AutogradFunctionVariable, "call_apply", apply))
-        stack.enter_context(_replaced(TensorVariable, "method_backward", _method_backward(trace)))
+        stack.enter_context(replaced(AutogradFunctionVariable, "call_apply", apply))
+        stack.enter_context(replaced(TensorVariable, "method_backward", _method_backward(trace)))
         for kind, attribute in ((SkipFunctionVariable, "value"), (UserFunctionVariable, "fn")):
             call = _call_substitute(kind.call_function, attribute, trace)
-            stack.enter_context(_replaced(kind, "call_function", call))
+            stack.enter_context(replaced(kind, "call_function", call))
         owner, name = _setattr_of_dynamo()
-        stack.enter_context(_replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
+        stack.enter_context(replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))
         stack.enter_context(levels_restored())
         token = _is_capturing.set(True)

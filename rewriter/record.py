@@ -19,7 +19,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from passes.graph import is_users
 from passes.tracing import without_fused_kernels
 from rewriter import stateful
-from rewriter.announced import replaced, unannounced
+from rewriter.announced import unannounced
+from rewriter.capture import replaced
 from rewriter.errors import CaptureError
 from rewriter.generators import Generators, generators_restored
 from rewriter.host_calls import line_of

@@ -80,17 +80,8 @@ def outside_transforms() -> contextlib.AbstractContextManager[list[Any]]:
 def set_aside() -> Iterator[None]:
     """Leave transforms and hooks on saved tensors (checkpoints) inside the ``with`` block: what is
     traced there is none of the user's."""
-    hooks = []
-    if _A._saved_tensors_hooks_is_enabled():
-        while (top := _A._top_saved_tensors_default_hooks(True)) is not None:
-            hooks.append(top)
-            _A._pop_saved_tensors_default_hooks()
-    try:
-        with outside_transforms():
-            yield
-    finally:
-        for pack, unpack in reversed(hooks):
-            _A._push_saved_tensors_default_hooks(pack, unpack)
+    with without_saved_tensor_hooks(), outside_transforms():
+        yield
 
 
 def inside_transforms(levels: list[Any]) -> contextlib.AbstractContextManager[None]:
@@ -136,17 +127,17 @@ def _is_dual_level_open() -> bool:
 
 @contextlib.contextmanager
 def without_saved_tensor_hooks() -> Iterator[None]:
-    """Keep a checkpoint from counting what fake tensors save."""
-    top = _A._top_saved_tensors_default_hooks(False)
-    if top is None:
-        yield
-        return
-    _A._pop_saved_tensors_default_hooks()
+    """Keep a checkpoint from counting, or unpacking, what fake tensors save."""
+    hooks = []
+    if _A._saved_tensors_hooks_is_enabled():
+        while (top := _A._top_saved_tensors_default_hooks(True)) is not None:
+            hooks.append(top)
+            _A._pop_saved_tensors_default_hooks()
     try:
-        with without_saved_tensor_hooks():
-            yield
+        yield
     finally:
-        _A._push_saved_tensors_default_hooks(*top)
+        for pack, unpack in reversed(hooks):
+            _A._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def is_wrapped(x: Any) -> bool:

@@ -17,6 +17,7 @@ from rewriter.batched import one_by_one
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
+from rewriter.generators import Generators, generators_restored
 from rewriter.options import Options
 from rewriter.rewrite import Rewritten
 from rewriter.stateful import levels_restored
@@ -158,7 +159,7 @@ class _StepFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.step, ctx.inputs = step, inputs
         ctx.versions = [x._version if isinstance(x, Tensor) else None for x in inputs]
-        ctx.generator = _generators() if step.is_random else None
+        ctx.generator = Generators.now() if step.is_random else None
         outputs, rest = step.forward(inputs)
         for position in step.roles.updated:
             ctx.versions[position] = inputs[position]._version
@@ -200,11 +201,6 @@ class _StepFunction(torch.autograd.Function):
         return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
 
 
-def _generators() -> tuple[Tensor, list[Tensor] | None]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda
-
-
 def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor) -> list[Tensor | None]:
     """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and
     change them."""
@@ -237,14 +233,8 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
     inputs = list(ctx.inputs)
     for position in step.roles.updated:
         inputs[position] = inputs[position].detach().clone()
-    with torch.random.fork_rng(enabled=ctx.generator is not None):
-        if ctx.generator is not None:
-            cpu, cuda = ctx.generator
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state_all(cuda)
-        with levels_restored():
-            outputs = list(step.rewritten.captured(*inputs))
+    with generators_restored(ctx.generator), levels_restored():
+        outputs = list(step.rewritten.captured(*inputs))
     pairs = [
         (outputs[i], cotangents[i]) for i in step.roles.differentiable if cotangents[i] is not None
     ]
