@@ -15,7 +15,7 @@ from torch._functorch.vmap import restore_vmap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -123,8 +123,72 @@ def example_inputs(module: GraphModule) -> list[Any]:
     return [v.detach() if isinstance(v, Tensor) else v for v in values]
 
 
+class AnySizes:
+    """Sizes that a trace does not fix, except as far as what it traces asks for them.
+
+    Args:
+        env: Where the trace's symbols live.
+
+    Attributes:
+        symbols: The symbols of the sizes, in the order in which they were made.
+    """
+
+    def __init__(self, env: ShapeEnv) -> None:
+        self.symbols: list[Any] = []
+        self._env, self._seen = env, 0
+        self._admitted: set[tuple[int, ...]] = set()
+
+    def new(self, example: int) -> torch.SymInt:
+        """Return one more size, to make fake tensors with."""
+        source = ConstantSource(f"size_{len(self.symbols)}")
+        symbol = self._env.create_symbol(
+            example, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        self.symbols.append(symbol)
+        return self._env.create_symintnode(symbol, hint=example, source=source)  # pyright: ignore[reportReturnType]
+
+    def is_fixed(self, symbol: Any) -> bool:
+        """Whether what was traced holds for one size only."""
+        return not sympy.sympify(self._env.replacements.get(symbol, symbol)).free_symbols
+
+    def moved(self, sizes: Sequence[int], factor: int, step: int) -> list[int]:
+        """Return other sizes, each that is not bound another one: ``factor · size + n · step`` for
+        the n-th of them, counted from 1."""
+        values: dict[Any, Any] = dict(zip(self.symbols, sizes, strict=True))
+        n = 0
+        for symbol in self.symbols:
+            if symbol not in self._env.replacements:
+                n += 1
+                values[symbol] = factor * values[symbol] + n * step
+        bound: list[Any] = [self._env.replacements.get(symbol, symbol) for symbol in self.symbols]
+        return [int(expression.subs(values)) for expression in bound]
+
+    def admits(self, sizes: Sequence[int]) -> bool:
+        """Whether everything that the traces so far have taken for granted holds for sizes."""
+        if self._seen != len(self._env.guards):
+            self._seen = len(self._env.guards)
+            self._admitted = set()
+        key = tuple(sizes)
+        if key not in self._admitted:
+            if min(key, default=2) < 2 or not self._hold(key):
+                return False
+            self._admitted.add(key)
+        return True
+
+    def _hold(self, sizes: Sequence[int]) -> bool:
+        values: dict[Any, Any] = dict(zip(self.symbols, sizes, strict=True))
+        for symbol, size in values.items():
+            stands_for = self._env.replacements.get(symbol, symbol)
+            if sympy.sympify(stands_for).subs(values) != size:
+                return False
+        # One with another's symbol in it cannot be answered.
+        expressions = [guard.expr for guard in self._env.guards]
+        mine = [e for e in expressions if not e.free_symbols.isdisjoint(values)]
+        return all(e.subs(values) == sympy.true for e in mine)
+
+
 class AnySize:
-    """A size that a trace does not fix, except as far as what it traces asks for it.
+    """One size that a trace does not fix: see `AnySizes`.
 
     Attributes:
         size: The size, to make fake tensors with.
@@ -133,28 +197,12 @@ class AnySize:
     def __init__(self, mode: FakeTensorMode, example: int) -> None:
         env = mode.shape_env
         assert env is not None
-        source = ConstantSource("batch")
-        self._symbol = env.create_symbol(
-            example, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-        )
-        self.size = env.create_symintnode(self._symbol, hint=example, source=source)
-        self._env, self._seen, self._admitted = env, 0, {example}
+        self._sizes = AnySizes(env)
+        self.size = self._sizes.new(example)
 
     def admits(self, size: int) -> bool:
         """Whether everything that the traces so far have taken for granted holds for a size."""
-        if self._seen != len(self._env.guards):
-            self._seen = len(self._env.guards)
-            self._admitted = set()
-        if size < 2 or self._symbol in self._env.replacements:
-            return False
-        if size not in self._admitted:
-            expressions = [guard.expr for guard in self._env.guards]
-            mine = [e for e in expressions if e.free_symbols == {self._symbol}]
-            mixed = [e for e in expressions if self._symbol in e.free_symbols and e not in mine]
-            if mixed or any(e.subs(self._symbol, size) != sympy.true for e in mine):
-                return False
-            self._admitted.add(size)
-        return True
+        return self._sizes.admits([size])
 
 
 def over_batch(

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from rewriter import stateful
 from rewriter.recording import Recording
+from rewriter.sizes import numbers
 from rewriter.stateful import write_outside
 from rewriter.substitutes import SUBSTITUTES, linearize
 
@@ -35,7 +36,7 @@ def unannounced(recording: Recording) -> Iterator[tuple[Any, str, Any]]:
 
     def step(target: Any, args: Any, kwargs: Any) -> Any:
         node = recording.step(target, args, kwargs)
-        out = node.meta["example_value"] = target(*args, **kwargs)
+        out = node.meta["example_value"] = target(*numbers(args), **kwargs)
         return out
 
     for owner, name, target in _STEPS:

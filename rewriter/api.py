@@ -37,7 +37,9 @@ class OptimizedLoss(Specialising):
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         super().__init__(function, options, Layers(options))
         if options.capture == "trace":
-            self._compiled = Recorder(function, self._built, check=options.check)
+            self._compiled = Recorder(
+                function, self._built, check=options.check, dynamic=options.dynamic
+            )
 
     def _build(self, captured: torch.fx.GraphModule) -> Step:
         step = Step(rewrite(captured, self.options), self.options)

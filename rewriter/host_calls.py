@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 
 from passes.graph import is_users
 from rewriter import stateful
+from rewriter.sizes import SYMBOLIC
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -76,11 +77,12 @@ def tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
-def mapped(values: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Replace the tensors among arguments, and numbers of NumPy by Python's."""
+def mapped(values: Any, function: Callable[[Any], Any]) -> Any:
+    """Replace the tensors and symbolic numbers among arguments, and numbers of NumPy by
+    Python's."""
 
     def swap(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, (Tensor, *SYMBOLIC)):
             return function(leaf)
         return leaf.item() if isinstance(leaf, numpy.generic) else leaf
 

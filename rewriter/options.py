@@ -51,11 +51,6 @@ class Options:
         _require("capture", self.capture, CAPTURES)
         if self.dynamic not in (None, True, False):
             raise ValueError(f"dynamic: expected None, True or False, got {self.dynamic!r}")
-        if self.capture == "trace" and self.dynamic:
-            raise ValueError(
-                "dynamic: expected None or False with capture='trace', got True: a recording holds "
-                "for the sizes it was made with; others are recorded when they are met"
-            )
         if isinstance(self.strategy, Mapping):
             for site, name in self.strategy.items():
                 _require(f"strategy[{site!r}]", name, STRATEGIES)

@@ -26,6 +26,7 @@ _PLAIN = (
 _LIBRARIES = tuple({sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")})
 
 
+_OWN = __name__.partition(".")[0]
 EVERY_NAME = "*"  # among names: code asks for attributes by names that it computes
 
 
@@ -34,9 +35,11 @@ class Kind(tuple[Any, ...]):
 
     Attributes:
         id: Which tensor or object it is the kind of.
+        free: Dimensions of the tensor whose sizes do not count.
     """
 
     id: int = 0
+    free: tuple[int, ...] = ()
 
 
 def arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def _parts(value: Any, names: set[str] | None) -> list[tuple[str, Any]] | None:
         return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
     if isinstance(value, (numpy.ndarray, numpy.generic, torch.Generator, enum.Enum)):
         return None
+    if type(value).__module__.partition(".")[0] == _OWN and hasattr(value, "as_written"):
+        return [("as_written", value.as_written)]  # decorated: what was built for it is no input
     of_class = [
         part
         for kind in type(value).__mro__
@@ -211,20 +216,28 @@ def _names_in(code: types.CodeType) -> list[str]:
     return list(dict.fromkeys([*code.co_names, *(n for c in inner for n in _names_in(c))]))
 
 
-def kind_of(value: Any) -> Any:
-    """Return what a recording holds for: of a tensor all but its values."""
+def kind_of(value: Any, free: tuple[int, ...] = ()) -> Any:
+    """Return what a recording holds for: of a tensor all but its values, and but its sizes in the
+    dimensions ``free`` if there are some."""
     if isinstance(value, numpy.ndarray) and value.size <= MAX_ARRAY and value.dtype != object:
         return value.copy()
     if not isinstance(value, Tensor):
         return value
-    strides = value.stride() if value.layout is torch.strided else None
-    kind = (value.shape, value.dtype, value.device, strides, value.requires_grad, value.layout)
-    return Kind((type(value), *kind))
+    shape: tuple[Any, ...] = tuple(value.shape)
+    strides: Any = value.stride() if value.layout is torch.strided else None
+    if free and value.layout is torch.strided:
+        shape = tuple(None if dim in free else size for dim, size in enumerate(shape))
+        strides = value.is_contiguous()
+    kind = (shape, value.dtype, value.device, strides, value.requires_grad, value.layout)
+    found = Kind((type(value), *kind))
+    found.free = free
+    return found
 
 
 def is_same(now: Any, then: Any) -> bool:
     """Whether what stands at a path is of the kind that stood there."""
-    now = kind_of(now) if isinstance(now, Tensor) else now
+    if isinstance(now, Tensor):
+        return is_same(kind_of(now, then.free if isinstance(then, Kind) else ()), then)
     if type(now) is not type(then):
         return False
     if isinstance(now, numpy.ndarray):

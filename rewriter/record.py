@@ -6,11 +6,13 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+import mpmath
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -27,6 +29,7 @@ from rewriter.host_calls import line_of
 from rewriter.options import disabled
 from rewriter.reach import EVERY_NAME, asks_for_any_name
 from rewriter.recording import Input, Recording
+from rewriter.sizes import Sizes
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Recorded:
         generators: The states of the random generators before and after.
         names: Names that the code mentions.
         modes: The modules that were called, and whether they were in train mode.
+        sizes: Those of the arguments that the graph does not fix; None if it fixes all.
     """
 
     module: GraphModule
@@ -56,6 +60,15 @@ class Recorded:
     generators: tuple[Generators, Generators]
     names: set[str]
     modes: dict[nn.Module, bool]
+    sizes: Sizes | None
+
+    @property
+    def values(self) -> list[Any]:
+        """The graph's inputs in this run."""
+        values: list[Any] = [entry.start for entry in self.used]
+        if self.sizes is not None:
+            values += [self.sizes.here[i] for i in self.sizes.taken]
+        return values
 
 
 class _Names:
@@ -72,6 +85,8 @@ class _Names:
     def names(self) -> set[str]:
         found: set[str] = set()
         for code in self.codes:
+            if code.co_filename.startswith(_SYMPY):
+                continue  # called by PyTorch for symbolic sizes
             if is_users(code.co_filename) or code.co_filename.startswith(_TORCH_NN):
                 found.update(code.co_names, code.co_freevars)
                 found.update(c for c in code.co_consts if isinstance(c, str))
@@ -81,6 +96,7 @@ class _Names:
 
 
 _TORCH_NN = os.path.dirname(nn.__file__)
+_SYMPY = tuple(os.path.dirname(str(library.__file__)) for library in (sympy, mpmath))
 
 
 def record(
@@ -92,6 +108,7 @@ def record(
     *,
     shake: bool,
     gradients: bool,
+    sizes: Sequence[int] | None = None,
 ) -> Recorded:
     """Run a loss once and return the calls that it made; nothing of its tensors, gradients or
     random generators stays changed.
@@ -104,11 +121,12 @@ def record(
         fixed: Ids of tensors that keep their values.
         shake: Whether the others get other values than they have.
         gradients: Whether to compute the gradients too.
+        sizes: See `Recording`.
 
     Raises:
         CaptureError: It did what cannot be recorded.
     """
-    recording, names = Recording(known, fixed, shake=shake), _Names()
+    recording, names = Recording(known, fixed, shake=shake, sizes=sizes), _Names()
     modes: dict[nn.Module, bool] = {}
     profile = sys.getprofile()
     with contextlib.ExitStack() as stack:
@@ -162,4 +180,5 @@ def record(
         generators=(start, end),
         names=names.names,
         modes=modes,
+        sizes=recording.sizes,
     )

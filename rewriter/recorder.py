@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,20 @@ import numpy
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from passes.graph import where
+from passes.tracing import AnySizes
 from rewriter.as_written import gradients_of, run_as_written
 from rewriter.capture import MAX_SPECIALISATIONS
-from rewriter.errors import CaptureError, OptimizeNestedError
+from rewriter.errors import CaptureError, NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.naming import modules_in
 from rewriter.reach import Kind, aliases, arguments, is_same, kind_of, reached
 from rewriter.record import Recorded, record
 from rewriter.recording import Input
+from rewriter.sizes import Sizes, is_of_sizes, number
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class _Specialisation:
         sources: Where each input of the step is: a path, a weak reference, or a constant.
         held: For tensors found by reference or read by host code, what they have to be.
         modes: Modules that are called and have no path, and whether they were in train mode.
+        sizes: Those that the recording does not fix; None if it fixes all.
         step: The step.
         places: What each leaf of the result is.
         spec: What the leaves are put together to.
@@ -56,6 +61,7 @@ class _Specialisation:
     sources: tuple[Any, ...]
     held: tuple[tuple[Any, Any, Tensor | None], ...]
     modes: tuple[tuple[weakref.ref[Any], bool], ...]
+    sizes: FreeSizes | None
     step: Callable[..., Sequence[Any]]
     places: list[tuple[str, Any]]
     spec: Any
@@ -77,7 +83,11 @@ class _Specialisation:
                 return None
             if value is not None and not torch.equal(x, value):
                 return None
-        return [_at(source, found) for source in self.sources]
+        inputs = [_at(source, found) for source in self.sources]
+        if self.sizes is None:
+            return inputs
+        sizes = self.sizes.of(found)
+        return None if sizes is None else inputs + sizes
 
     def __call__(self, inputs: list[Any]) -> Any:
         outputs = self.step(*inputs)
@@ -96,6 +106,26 @@ def _at(source: Any, found: dict[str, Any]) -> Any:
     return source() if isinstance(source, weakref.ref) else source
 
 
+@dataclass(frozen=True)
+class FreeSizes:
+    """Sizes that a recording does not fix.
+
+    Attributes:
+        any: What the recording takes for granted of them.
+        places: For each the path of a tensor, and the dimension that has it.
+        taken: Those that the step takes.
+    """
+
+    any: AnySizes
+    places: tuple[tuple[str, int], ...]
+    taken: tuple[int, ...]
+
+    def of(self, found: dict[str, Any]) -> list[int] | None:
+        """Return the sizes that the step takes; None if the recording does not hold for them."""
+        sizes = [found[path].shape[dim] for path, dim in self.places]
+        return [sizes[i] for i in self.taken] if self.any.admits(sizes) else None
+
+
 class Recorder:
     """Call a function as the graph that was recorded of it; record it for each kind of call.
 
@@ -103,12 +133,20 @@ class Recorder:
         function: The user's function.
         build: Returns what computes the outputs of a graph from its inputs.
         check: Whether the recording is compared once more with a run on the caller's own values.
+        dynamic: Whether a recording holds for other sizes of the arguments too: as in
+            `torch.compile`, None means from the second one on.
     """
 
     def __init__(
-        self, function: Callable[..., Any], build: Callable[..., Any], *, check: bool
+        self,
+        function: Callable[..., Any],
+        build: Callable[..., Any],
+        *,
+        check: bool,
+        dynamic: bool | None,
     ) -> None:
         self.function, self.build, self.check = function, build, check
+        self.dynamic = dynamic
         self.made: list[_Specialisation] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,16 +172,54 @@ class Recorder:
         return specialisation(inputs)
 
     def _record(self, args: Any, kwargs: Any) -> _Specialisation:
+        if self.dynamic is False or (self.dynamic is None and not self.made):
+            return self._recorded(args, kwargs, symbolic=False)
+        try:
+            return self._recorded(args, kwargs, symbolic=True)
+        except CaptureError as error:
+            reason = error
+        specialisation = self._recorded(args, kwargs, symbolic=False)
+        if self.dynamic:
+            warnings.warn(
+                f"optimize_nested: capture='trace', dynamic=True: a recording holds for one size "
+                f"of the arguments only: {reason}",
+                NestedGradientWarning,
+                stacklevel=5,
+            )
+        return specialisation
+
+    def _recorded(self, args: Any, kwargs: Any, *, symbolic: bool) -> _Specialisation:
+        """Run the loss several times and build what the runs agree on.
+
+        Args:
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            symbolic: Whether to let their sizes be any.
+        """
         function = self.function
         data = {id(x): (n, True) for n, x in arguments(function, args, kwargs).items()}
         modes = {
             m: m.training for root in modules_in(function, args, kwargs) for m in root.modules()
         }
 
-        def run(known: Any, fixed: set[int], *, shake: bool, first: bool = False) -> Recorded:
+        def run(
+            known: Any,
+            fixed: set[int],
+            *,
+            shake: bool = False,
+            first: bool = False,
+            sizes: Sequence[int] | None = None,
+        ) -> Recorded:
             try:
                 recorded = record(
-                    function, args, kwargs, known, fixed, shake=shake, gradients=not first
+                    function,
+                    args,
+                    kwargs,
+                    known,
+                    fixed,
+                    shake=shake,
+                    gradients=not first,
+                    sizes=sizes,
                 )
                 if any(module.training != mode for module, mode in modes.items()):
                     raise CaptureError("the loss leaves a module in another mode")
@@ -153,14 +229,21 @@ class Recorder:
                     module.training = mode
 
         with _host_generators_restored():
-            first = run(data, set(), shake=False, first=True)
+            first, sizes = run(data, set(), first=True), None
+            if symbolic:
+                model = run(data, set(), first=True, sizes=())
+                if _difference(first, model):
+                    first = run(data, set(), first=True)  # the state that the loss keeps exists now
+                if difference := _difference(first, model):
+                    raise difference
+                first, sizes = model, model.sizes and model.sizes.others()
             names = set(first.names)
             before = reached(function, args, kwargs, names)
             known = {id(x): (p, False) for p, x in before.items() if isinstance(x, Tensor)} | {
                 i: (p, True) for i, (p, _) in data.items()
             }
             fixed = {id(i.tensor) for i in first.inputs if i.was_read}
-            second = run(known, fixed, shake=True)
+            second = run(known, fixed, shake=True, sizes=sizes)
             after = reached(function, args, kwargs, names)
             volatile = frozenset(
                 path
@@ -171,7 +254,7 @@ class Recorder:
             if difference or volatile or self.check:
                 # State that the loss keeps may have been made by the first run; and what stays of
                 # it should come from a run on the caller's own values.
-                last = run(known, fixed, shake=False)
+                last = run(known, fixed, sizes=None if sizes is None else ())
                 difference = _difference(second, last)
         if difference is not None:
             raise difference
@@ -209,25 +292,48 @@ class Recorder:
             if entry.was_read or isinstance(source, weakref.ref)
         )
         used = recorded.used
+        free, sizes = _free_sizes(recorded, found)
         try:
-            step = self.build(recorded.module, [entry.tensor for entry in used])
+            step = self.build(recorded.module, recorded.values)
         except OptimizeNestedError:
             raise
         except Exception as error:
             raise CaptureError(f"internal error in optimize_nested: {error!r}") from error
         return _Specialisation(
             names=names,
-            kinds={path: kind_of(x) for path, x in found.items()},
+            kinds={path: kind_of(x, free.get(id(x), ())) for path, x in found.items()},
             volatile=volatile,
             aliases=aliases(found),
             surroundings=_surroundings(),
             sources=tuple(sources[entry] for entry in used),
             held=held,
             modes=tuple((weakref.ref(m), mode) for m, mode in modes.items() if id(m) not in known),
+            sizes=sizes,
             step=step,
             places=recorded.places,
             spec=pytree.tree_structure(recorded.outputs),
         )
+
+
+def _free_sizes(
+    recorded: Recorded, found: dict[str, Any]
+) -> tuple[dict[int, tuple[int, ...]], FreeSizes | None]:
+    """Return which dimensions of tensors are not fixed, by id, and what there is to know of their
+    sizes.
+
+    Raises:
+        CaptureError: The recording does not hold for the sizes of the call.
+    """
+    sizes = recorded.sizes
+    if sizes is None:
+        return {}, None
+    path_of = {id(x): path for path, x in found.items()}
+    free = {id(entry.tensor): sizes.free_dims(entry) for entry in recorded.inputs}
+    lost = [entry for entry, _ in sizes.sources if id(entry.tensor) not in path_of]
+    if lost or not sizes.any.admits(sizes.of_call):
+        raise CaptureError("recorded twice, with different sizes, the loss is two graphs")
+    places = tuple((path_of[id(entry.tensor)], dim) for entry, dim in sizes.sources)
+    return free, FreeSizes(sizes.any, places, sizes.taken)
 
 
 def _is_still(before: dict[str, Any], after: dict[str, Any], path: str) -> bool:
@@ -258,23 +364,21 @@ def _host_generators_restored() -> Iterator[None]:
 
 def _difference(one: Recorded, other: Recorded) -> CaptureError | None:
     """Return how two recordings of a call differ."""
-    index: dict[Node, int] = {}
-    numbers: dict[Node, int] = {}
-    for graph, order in ((one.module.graph, index), (other.module.graph, numbers)):
-        order.update({node: i for i, node in enumerate(graph.nodes)})
+    index, numbers = _calls(one), _calls(other)
     start = "recorded twice, with different values, the loss is two graphs: "
-    pairs = list(zip(one.module.graph.nodes, other.module.graph.nodes, strict=False))
+    pairs = list(zip(index, numbers, strict=False))
+    by_number = one.sizes is None or other.sizes is None
     for a, b in pairs:
         same_call = a.op == b.op and (a.target == b.target or a.op == "placeholder")
         same_line = where(a) == where(b)
-        mine, theirs = _plain(a, index), _plain(b, numbers)
+        mine = _plain(a, index, None if by_number else one.sizes)
+        theirs = _plain(b, numbers, None if by_number else other.sizes)
         if not (same_call and _equal(mine, theirs)):
             what = f"{a.format_node()}" + (f", and {b.format_node()}" if same_call else "")
             line = where(b) if same_line else f"{where(a)}, and {where(b)}"
             return CaptureError(f"{start}{what}", line)
-    if len(one.module.graph.nodes) != len(other.module.graph.nodes):
-        longer = max((one.module.graph, other.module.graph), key=lambda g: len(g.nodes))
-        extra = list(longer.nodes)[len(pairs) - 1]
+    if len(index) != len(numbers):
+        extra = list(max((index, numbers), key=len))[len(pairs) - 1]
         return CaptureError(f"{start}{extra.format_node()} in one only", where(extra))
     for a, b in zip(one.inputs, other.inputs, strict=True):
         if a.is_constant != b.is_constant or (a.is_constant and not _close(a.value, b.value, 0.0)):
@@ -285,14 +389,25 @@ def _difference(one: Recorded, other: Recorded) -> CaptureError | None:
     return None
 
 
-def _plain(node: Node, index: dict[Node, int]) -> Any:
+def _calls(recorded: Recorded) -> dict[Node, int]:
+    """Number what a graph does, what it computes of sizes not counted."""
+    sizes = () if recorded.sizes is None else recorded.sizes.nodes
+    found = [n for n in recorded.module.graph.nodes if n not in sizes and not is_of_sizes(n)]
+    return {node: index for index, node in enumerate(found)}
+
+
+def _plain(node: Node, index: dict[Node, int], sizes: Sizes | None) -> Any:
+    """Return what a node is called with; what is computed of sizes as an expression in them, or, if
+    there are none, as a number."""
     if node.op == "placeholder":
         return None
-    return pytree.tree_map(
-        lambda leaf: ("node", index[leaf]) if isinstance(leaf, Node) else leaf,
-        (list(node.args), dict(node.kwargs)),
-        is_leaf=lambda leaf: isinstance(leaf, Node),
-    )
+
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, Node) or leaf in index:
+            return ("node", index[leaf]) if isinstance(leaf, Node) else leaf
+        return number(leaf.meta["example_value"]) if sizes is None else sizes.written(leaf)
+
+    return map_aggregate([node.args, node.kwargs], plain)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -347,11 +462,13 @@ def _verify(recorded: Recorded) -> None:
     used, (start, end) = recorded.used, recorded.generators
     wanted = [n for n, i in enumerate(used) if i.requires_grad]
     with generators_restored(start):
-        values, own = run_as_written(recorded.module, [i.start for i in used], wanted)
+        values, own = run_as_written(recorded.module, recorded.values, wanted)
         ended = Generators.now()
     pairs = [("the value", u, v) for u, v in zip(values, recorded.tensors, strict=True)]
     pairs += [
-        (f"{i.name or 'an input'}", x, i.final) for i, x in zip(used, own, strict=True) if i.written
+        (f"{i.name or 'an input'}", x, i.final)
+        for i, x in zip(used, own, strict=False)
+        if i.written
     ]
     if recorded.gradients is not None:
         grads = gradients_of(values, [own[n] for n in wanted])

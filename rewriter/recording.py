@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
@@ -46,6 +47,7 @@ from rewriter.host_calls import (
     tensors_in,
     users_frames,
 )
+from rewriter.sizes import Sizes, enlarged, fix, folded, numbers
 from rewriter.stateful import without_saved_tensor_hooks, write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,6 +88,12 @@ class Input:
     was_read: bool = False
     written: bool = False
 
+    @property
+    def has_any_size(self) -> bool:
+        """Whether the recording need not fix its sizes."""
+        is_data = self.is_argument and not isinstance(self.tensor, nn.Parameter)
+        return is_data and self.value.is_contiguous()
+
 
 class Recording(TorchFunctionMode):
     """Record the calls of PyTorch that are made inside of the ``with`` block.
@@ -94,20 +102,28 @@ class Recording(TorchFunctionMode):
         known: Tensors that were there before, by id: their names, and whether they are arguments.
         fixed: Ids of tensors that keep their values, of those that the recording may change.
         shake: Whether inputs get other values than they have.
+        sizes: What sizes arguments get, in the order in which they are met (those they have if
+            nothing is said), if the recording may hold for any; None if it holds for one.
     """
 
     def __init__(
-        self, known: Mapping[int, tuple[str, bool]], fixed: set[int], *, shake: bool
+        self,
+        known: Mapping[int, tuple[str, bool]],
+        fixed: set[int],
+        *,
+        shake: bool,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.known, self.fixed, self.shake = known, fixed, shake
         self.graph = Graph()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.sizes = None if sizes is None else Sizes(self.graph, sizes)
+        env = None if self.sizes is None else self.sizes.env
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
         self.inputs: list[Input] = []
         self.input_of: dict[Node, Input] = {}
         self.entries: dict[int, tuple[Any, Node]] = {}  # id → the object, kept alive, and its node
         self.sources: dict[int, frozenset[Any]] = {}  # storage → inputs its content depends on
-        self.values: dict[int, Node] = {}
         self.refused: CaptureError | None = None
         self.hooked: set[int] = set()
         self.is_busy = False
@@ -176,16 +192,21 @@ class Recording(TorchFunctionMode):
             start=x,
             final=x,
         )
-        self._swap(entry)
+        shape: Any = list(x.shape)
+        strides: Any = x.stride()
+        if self.sizes is not None and entry.has_any_size:
+            shape = self.sizes.shape_of(entry, node)
+            strides = make_contiguous_strides_for(shape)
+        self._swap(entry, numbers(shape))
         with self.mode:
-            shadow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            shadow = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
         shadow.requires_grad_(x.requires_grad)
         self.inputs.append(entry)
         self.input_of[node] = entry
         self._enter(x, node, shadow, frozenset([entry]))
         return node
 
-    def _swap(self, entry: Input) -> None:
+    def _swap(self, entry: Input, shape: list[int]) -> None:
         x, original = entry.tensor, entry.tensor.data
         extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         extent = extent if x.numel() else 0
@@ -194,6 +215,8 @@ class Recording(TorchFunctionMode):
             noise = torch.rand(own.shape, generator=self.noise)
             own.mul_(1 + 0.05 * noise.to(own.device, own.dtype))
         own = own.as_strided(x.shape, x.stride())
+        if shape != list(x.shape):
+            own = enlarged(own, shape)
         entry.start = own.clone()
         is_leaf = x.is_leaf
 
@@ -308,7 +331,7 @@ class Recording(TorchFunctionMode):
         draws, versions = Generators.now(), [x._version for x in tensors]
         sources = self.depends_on(tensors)
         try:
-            out = func(*args, **kwargs)
+            out = func(*numbers(args), **numbers(kwargs))
         except Exception as error:
             text = (str(error).splitlines() or [""])[0]
             self.refused = self.refused or CaptureError(f"{name or func}: {text}", self.here())
@@ -317,8 +340,8 @@ class Recording(TorchFunctionMode):
             return self._hidden_read(func, failed, tensors, out)
         made = tensors_in(out)
         if not made and out is not None and not is_in_place(name):
-            if is_same_plain(out, shadow):
-                return out
+            if is_same_plain(out, numbers(shadow)):
+                return folded(shadow)
             self._may_read(name or str(func), tensors)
             return out
         if draws != Generators.now():
@@ -350,16 +373,17 @@ class Recording(TorchFunctionMode):
         return shadow, None
 
     def _shadowed(self, arguments: Any) -> Any:
-        return mapped(arguments, self.shadow_of)
+        return mapped(arguments, lambda x: self.shadow_of(x) if isinstance(x, Tensor) else x)
 
     def step(self, func: Any, args: Any, kwargs: Any) -> Node:
         """Record a call that is made for its effect on what follows."""
-        node = self.graph.call_function(func, tuple(args), dict(kwargs))
+        given = mapped(tuple(args), self._argument)
+        node = self.graph.call_function(func, given, dict(kwargs))
         node.meta["stack_trace"] = stack_trace()
         return node
 
     def _node(self, func: Any, args: Any, kwargs: Any, name: str = "") -> Node:
-        args, kwargs = mapped(args, self.node_of), mapped(kwargs, self.node_of)
+        args, kwargs = mapped(args, self._argument), mapped(kwargs, self._argument)
         for leaf in pytree.tree_leaves((args, kwargs)):
             if not isinstance(leaf, (Node, slice, *CONSTANTS)):
                 raise CaptureError(f"{name or func} takes a {type(leaf).__name__}", self.here())
@@ -372,6 +396,12 @@ class Recording(TorchFunctionMode):
             node = self.graph.call_function(func, tuple(args), dict(kwargs))
         node.meta["stack_trace"] = stack_trace()
         return node
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        assert self.sizes is not None
+        return self.sizes.node_of(value)
 
     def _results(self, out: Any, shadow: Any, node: Node, sources: frozenset[Any]) -> None:
         """Take note of what a node has computed, the parts of a tuple as nodes of their own."""
@@ -391,7 +421,7 @@ class Recording(TorchFunctionMode):
 
     def _compare(self, out: Tensor, shadow: Any) -> None:
         alike = isinstance(shadow, Tensor) and (out.shape, out.dtype, out.requires_grad) == (
-            shadow.shape,
+            numbers(shadow.shape),
             shadow.dtype,
             shadow.requires_grad,
         )
@@ -415,6 +445,8 @@ class Recording(TorchFunctionMode):
         out = func(*args)
         if isinstance(out, Tensor) and name != "grad":
             return self.operator(getattr, (args[0], name), {})
+        if self.sizes is not None and isinstance(out, (int, torch.Size)):
+            return folded(func(self.shadow_of(args[0])))
         return out
 
     def _set_property(self, name: str, x: Tensor, value: Any) -> None:
@@ -457,7 +489,7 @@ class Recording(TorchFunctionMode):
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Let host code have a value."""
         self._may_read(name_of(func), tensors_in((args, kwargs)))
-        return func(*args, **kwargs)
+        return func(*fix(args), **fix(kwargs))
 
     def _may_read(self, what: str, tensors: list[Tensor]) -> None:
         """Check that a value can be part of the recording: it depends on nothing, or on tensors
@@ -476,6 +508,8 @@ class Recording(TorchFunctionMode):
                 )
         for source in self.depends_on(tensors):
             source.was_read = True
+        for x in tensors:
+            fix(self.shadow_of(x).shape)
 
     def _hidden_read(self, func: Any, failed: Exception, tensors: list[Tensor], out: Any) -> Any:
         """Burn in what was computed by a call that cannot be made without values, if it may read
@@ -502,6 +536,7 @@ class Recording(TorchFunctionMode):
             tensors = tensors[1:]  # of the first one, dtype and device count
         if tensors:
             self._may_read(name_of(func), tensors)
+        args, kwargs = fix(args), fix(kwargs)
         flag = kwargs.get("requires_grad", False)
         made = func(*args, **{**kwargs, "requires_grad": False} if flag else kwargs)
         self.constant(made)
@@ -538,12 +573,15 @@ class Recording(TorchFunctionMode):
             if isinstance(leaf, Tensor):
                 tensors[self.node_of(leaf)] = leaf
             elif not isinstance(leaf, CONSTANTS):
+                # A symbolic number too: such a loss is recorded for each size.
                 raise CaptureError(f"the loss returns a {type(leaf).__name__}")
         used = [i for i in self.inputs if i.node.users or i.node in tensors]
         order = {entry.node: index for index, entry in enumerate(used)}
         for entry in self.inputs:
             if entry.node not in order:
                 self.graph.erase_node(entry.node)
+        if self.sizes is not None:
+            self.sizes.drop_unused()
         computed = [node for node in tensors if node not in order]
         if not computed:
             raise CaptureError("the loss computes no tensors")

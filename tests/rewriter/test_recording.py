@@ -336,6 +336,106 @@ def test_second_kind_of_call(net: nn.Module, x: Tensor) -> None:
     assert len(loss.steps) == 6
 
 
+# Recordings for any size.
+
+
+def mean_by_size(net: nn.Module, x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    weights = torch.arange(rows * columns, dtype=x.dtype).view(x.shape)
+    return (slope(net, x) * weights).square().sum() / (2 * len(x) + 1 if rows < 0 else rows**2)
+
+
+def rows_of_an_edge_list(net: nn.Module, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    energy = net(x[source] - x[target]).sum() + x.new_zeros(x.size(0), 3).sum()
+    (forces,) = torch.autograd.grad(energy, x, create_graph=True)
+    return forces.square().mean() + source.numel() * SCALE.item()
+
+
+def per_sample(net: nn.Module, x: Tensor) -> Tensor:
+    def value(row: Tensor) -> Tensor:
+        return net(row[None]).sum()
+
+    g = torch.func.vmap(torch.func.grad(value))(x)
+    return g.square().sum() / x.size(0) * float(torch.tensor(0.5))
+
+
+def halves(net: nn.Module, x: Tensor) -> Tensor:
+    first = x[: x.shape[0] // 2]
+    return slope(net, first).square().sum() + slope(net, x[-(x.shape[0] // 2) :]).mean()
+
+
+def edges(n: int, count: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(count) % n, (3 * torch.arange(count) + 1) % n
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("loss", [mean_by_size, per_sample, halves, rows_of_an_edge_list])
+def test_any_size(loss: Callable[..., Tensor], dynamic: bool | None, net: nn.Module) -> None:
+    """One recording serves all sizes, with `dynamic=None` from the second one on."""
+    decorated = trace(loss, dynamic=dynamic)
+    for n, count in [(5, 12), (8, 20), (6, 31), (11, 9), (5, 12)]:
+        x = torch.randn(n, 3, dtype=torch.float64)
+        rest = edges(n, count) if loss is rows_of_an_edge_list else ()
+        results = []
+        for function in (loss, decorated):
+            net.zero_grad()
+            value = function(net, x, *rest)
+            value.backward()
+            results.append([value.detach(), *(p.grad for p in net.parameters())])
+        # The bias of the last layer has no gradient.
+        pairs = [pair for pair in zip(*results, strict=True) if pair[0] is not None]
+        assert all(relative_error(b, a) < 1e-9 for a, b in pairs), n
+    assert len(decorated.steps) == (1 if dynamic else 2)
+
+
+def test_any_size_but_for_branches(net: nn.Module) -> None:
+    """What the loss decides by a size is a guard."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        factor = 2.0 if x.shape[0] > 6 else 3.0
+        return factor * slope(net, x).square().sum() * float(SCALE)
+
+    decorated = trace(loss, dynamic=True)
+    steps = []
+    for n in (3, 5, 4, 7, 9, 2, 1, 0, 30):
+        x = torch.randn(n, 3, dtype=torch.float64)
+        assert relative_error(decorated(net, x), loss(net, x)) < 1e-9
+        steps.append(len(decorated.steps))
+    assert steps == [1, 1, 1, 2, 2, 2, 3, 4, 4]
+
+
+def by_type(net: nn.Module, x: Tensor) -> Tensor:
+    n = x.shape[0]
+    return slope(net, x).square().sum() * (n if isinstance(n, int) else 2 * n)
+
+
+def by_array(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x).square().sum() * float(numpy.ones(len(x)).sum())
+
+
+def by_key(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x).square().sum() * {5: 1.0, 7: 2.0}[x.shape[0]]
+
+
+def by_values(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x).square().sum() * torch.ones(x.shape).numpy().size
+
+
+@pytest.mark.parametrize("loss", [by_type, by_key])
+def test_sizes_that_are_fixed(loss: Callable[..., Tensor], net: nn.Module) -> None:
+    """A symbolic size is no number to all host code: such a recording holds for one size."""
+    decorated = trace(loss, dynamic=True)
+    with pytest.warns(NestedGradientWarning, match="one size of the arguments only: .*"):
+        decorated(net, torch.randn(5, 3, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NestedGradientWarning)
+        for n in (7, 5, 7):
+            x = torch.randn(n, 3, dtype=torch.float64)
+            assert relative_error(decorated(net, x), loss(net, x)) < 1e-9
+    assert len(decorated.steps) == 2
+
+
 def test_autocast(net: nn.Module, x: Tensor) -> None:
     """A recording leaves no cast of other values behind."""
     net, x = net.float(), x.float()
@@ -618,8 +718,6 @@ def test_check_sees_a_wrong_recording(
 def test_option(net: nn.Module, x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"capture: expected one of 'dynamo', 'trace', got 'jax'"):
         optimize_nested(numpy_on_sizes, capture="jax")
-    with pytest.raises(ValueError, match="dynamic: expected None or False with capture='trace'"):
-        optimize_nested(numpy_on_sizes, capture="trace", dynamic=True)
     with pytest.raises(ValueError, match="capture: 'trace' records a loss"):
         optimize_nested(net, capture="trace")
     with warnings.catch_warnings():
