@@ -10,8 +10,7 @@ from rewriter.errors import (
 )
 from rewriter.options import disabled
 from rewriter.report import Report
-
-__version__ = "0.1.0"
+from rewriter.version import __version__
 
 __all__ = [
     "CaptureError",
@@ -21,6 +20,7 @@ __all__ = [
     "OptimizeNestedError",
     "OptimizedLoss",
     "Report",
+    "__version__",
     "disabled",
     "optimize_nested",
 ]

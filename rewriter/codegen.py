@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 
 from passes.graph import copy_graph, is_random, placeholders, value_of
@@ -104,8 +106,17 @@ def _has_compiler(module: GraphModule) -> bool:
     }
     if devices != {"cpu"} or inductor_config.cpu_backend != "cpp":
         return True
+    return cpp_compiler() is not None
+
+
+def cpp_compiler() -> str | None:
+    """Return the C++ compiler that Inductor calls; None if it finds none."""
     try:
-        get_cpp_compiler()
+        return get_cpp_compiler()
     except InvalidCxxCompiler:
-        return False
-    return True
+        return None
+
+
+def cache_folder() -> Path:
+    """Return where Inductor keeps compiled code."""
+    return Path(cache_dir())

@@ -1,0 +1,5 @@
+"""``python -m rewriter``: see `rewriter.cli`."""
+
+from rewriter.cli import main
+
+main()

@@ -1,0 +1,307 @@
+"""The command line: ``optimize-nested``, or ``python -m rewriter``.
+
+Exit codes: 0 all is well; 1 the loss, the machine or an artifact is not as it should be; 2 the
+command was not understood. An error in the user's own code is shown as Python shows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from click.shell_completion import get_completion_class
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from rewriter.api import optimize_nested
+from rewriter.bench import Timing, compiled_as_written, race
+from rewriter.doctor import BAD, GOOD, WARNING, examine
+from rewriter.errors import OptimizeNestedError
+from rewriter.options import BACKENDS, CAPTURES, MODES
+from rewriter.report import Report
+from rewriter.target import Target, TargetError, find, find_target
+from rewriter.version import __version__
+
+PROGRAM = "optimize-nested"
+SHELLS = ("bash", "zsh", "fish")
+COLOURS = {GOOD: "green", WARNING: "yellow", BAD: "red"}
+
+# What is asked for goes to standard output, what happens meanwhile to standard error.
+out, aside = Console(soft_wrap=True), Console(stderr=True)
+
+
+class _Commands(click.Group):
+    """Turn what is wrong with a name into a usage error, and our own errors into exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TargetError as error:
+            raise click.UsageError(str(error), ctx) from error
+        except (OptimizeNestedError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+def app() -> None:
+    """See, check, time and package what optimize_nested makes of a loss.
+
+    A LOSS is module:function or file.py:function. Its arguments come from a function that returns
+    them as a tuple, as a dict of keyword arguments, or as (tuple, dict): --args NAME, or make_args
+    beside the loss.
+    """
+
+
+def on_loss(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a loss, with the options of `optimize_nested`; it gets a `Target`."""
+
+    @functools.wraps(command)
+    def with_target(
+        loss: str,
+        args_name: str | None,
+        seed: int,
+        strategy: Sequence[str],
+        strict: bool,
+        **arguments: Any,
+    ) -> None:
+        names = ("backend", "mode", "dynamic", "capture")
+        wishes = {name: arguments.pop(name) for name in names}
+        wishes |= {"strategy": _strategies(strategy), "strict": strict or None}
+        torch.manual_seed(seed)
+        given = {name: value for name, value in wishes.items() if value is not None}
+        command(find_target(loss, args_name, given), **arguments)
+
+    options = [
+        click.argument("loss"),
+        click.option("--args", "args_name", metavar="NAME", help="What returns the arguments."),
+        click.option("--seed", default=0, show_default=True, help="Of PyTorch's generators."),
+        click.option("--backend", type=click.Choice(BACKENDS), help="What runs the graph."),
+        click.option("--mode", type=click.Choice(MODES), help="A mode of Inductor."),
+        click.option("--dynamic/--no-dynamic", default=None, help="Symbolic sizes, or none."),
+        click.option(
+            "--strategy",
+            multiple=True,
+            metavar="[SITE=]NAME",
+            help="A strategy for all sites, or for one (several times).",
+        ),
+        click.option("--capture", type=click.Choice(CAPTURES), help="How the loss is captured."),
+        click.option("--strict", is_flag=True, help="Nothing may stay as written."),
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_target)
+
+
+def _strategies(given: Sequence[str]) -> str | dict[str, str] | None:
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = [text.partition("=") for text in given]
+    if not all(equals for _, equals, _ in pairs):
+        raise click.BadParameter(
+            "expected one NAME for all sites, or SITE=NAME for each", param_hint="--strategy"
+        )
+    return {site: name for site, _, name in pairs} or None
+
+
+@contextmanager
+def _doing(what: str) -> Iterator[None]:
+    with aside.status(what):
+        yield
+
+
+def _report(target: Target) -> Report:
+    with _doing("capturing and rewriting"):
+        return target.loss.explain(*target.args, **target.kwargs)
+
+
+def _fail_unless_captured(report: Report) -> None:
+    if not report.captured:
+        raise click.ClickException(f"the loss was not captured: {report.reason}")
+
+
+@app.command()
+@on_loss
+@click.option("--stage", help="Print the graph after this stage in place of the report.")
+@click.option("--diff", nargs=2, metavar="STAGE STAGE", help="Print what changed between two.")
+def explain(target: Target, stage: str | None, diff: tuple[str, str] | None) -> None:
+    """Print what is done to a loss: its derivatives, their forms and prices. Nothing is compiled."""
+    report = _report(target)
+    for name in (stage, *(diff or ())):
+        if name is not None and name not in [s.name for s in report.stages]:
+            _fail_unless_captured(report)
+            known = ", ".join(s.name for s in report.stages)
+            raise click.UsageError(f"there is no stage {name!r}; the stages are {known}")
+    if diff is not None:
+        out.print(report.diff(*diff))
+    elif stage is not None:
+        click.echo(report.stage(stage).text)
+    else:
+        out.print(report)
+    _fail_unless_captured(report)
+
+
+@app.command()
+@on_loss
+@click.option(
+    "--out",
+    "paths",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=[Path("report.html")],
+    show_default=True,
+    help="Where to: .html, .svg, .json or .txt (several times).",
+)
+def render(target: Target, paths: Sequence[Path]) -> None:
+    """Draw the report on a loss as a page, a picture, data or text."""
+    writers: dict[str, Callable[[Report, Path], object]] = {
+        ".html": Report.to_html,
+        ".svg": Report.to_svg,
+        ".json": Report.to_json,
+        ".txt": lambda report, path: path.write_text(f"{report}\n", encoding="utf-8"),
+    }
+    for path in paths:
+        if path.suffix not in writers:
+            raise click.BadParameter(
+                f"{path}: expected a name that ends with one of {', '.join(writers)}",
+                param_hint="--out",
+            )
+    report = _report(target)
+    for path in paths:
+        with _doing(f"drawing {path}"):
+            writers[path.suffix](report, path)
+        aside.print(f"wrote {path}", highlight=False)
+    _fail_unless_captured(report)
+
+
+@app.command()
+@on_loss
+def check(target: Target) -> None:
+    """Compare value, gradients and state of a loss with the loss as written in float64."""
+    _fail_unless_captured(_report(target))
+    loss = optimize_nested(target.loss.as_written, **{**vars(target.loss.options), "check": True})
+    with _doing("compiling and comparing"):
+        value, grads = loss.value_and_grad(*target.args, **target.kwargs)
+    size = {name: float(grad.norm()) for name, grad in grads.items()}
+    _print_values("agrees with the loss as written", value, size)
+
+
+def _print_values(title: str, value: Any, size: Mapping[str, float]) -> None:
+    table = Table("", "value, or norm of the gradient", title=title, box=SIMPLE_HEAD)
+    shown = f"{value.item():.10g}" if isinstance(value, Tensor) and value.numel() == 1 else "…"
+    table.add_row("loss", shown)
+    for name, norm in size.items():
+        table.add_row(name, f"{norm:.6g}")
+    out.print(table)
+
+
+@app.command()
+@on_loss
+@click.option("--rounds", default=20, show_default=True, help="Timed steps of each form.")
+@click.option("--warm-up", default=3, show_default=True, help="Untimed steps before them.")
+@click.option("--warm-cache", is_flag=True, help="First steps may find compiled code on disk.")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="NAME",
+    help="Another form of the loss, run under torch.compile (several times).",
+)
+def bench(target: Target, rounds: int, warm_up: int, warm_cache: bool, also: Sequence[str]) -> None:
+    """Time a loss as written, under torch.compile, and optimized; the forms take turns."""
+    loss, backend = target.loss, target.loss.options.backend
+    report = _report(target)
+    forms: dict[str, Callable[..., Any]] = {
+        "as written": loss.as_written,
+        "torch.compile": compiled_as_written(loss.as_written, backend),
+    }
+    for name in also:
+        other = find(name)
+        forms[name] = compiled_as_written(getattr(other, "as_written", other), backend)
+    forms["optimize_nested"] = loss
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=aside) as progress:
+        task = progress.add_task("", total=len(forms) * (rounds + warm_up + 1))
+        timings = race(
+            forms,
+            target.args,
+            target.kwargs,
+            rounds=rounds,
+            warm_up=warm_up,
+            cold=not warm_cache,
+            on_step=lambda name: progress.update(task, advance=1, description=name),
+        )
+    flops = {"as written": report.flops_as_written, "optimize_nested": report.flops}
+    out.print(_comparison(loss.name, timings, flops if report.captured else {}))
+    for timing in timings:
+        if timing.refusal:
+            out.print(f"{timing.name} did not run: {timing.refusal}", markup=False, highlight=False)
+    _fail_unless_captured(report)
+
+
+def _comparison(title: str, timings: Sequence[Timing], flops: Mapping[str, int]) -> Table:
+    caption = (
+        "A step is loss + backward. Speed-up: median over the rounds. FLOPs: matmul and convolution"
+    )
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "gradient\ndiffers"]
+    with_memory = any(timing.peak_bytes is not None for timing in timings)
+    for heading in [*headings, *(["peak\nMiB"] if with_memory else [])]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    reference = timings[0]
+    for timing in timings:
+        if timing.refusal:
+            table.add_row(timing.name, *("–",) * len(headings))
+            continue
+        peak = [] if timing.peak_bytes is None else [f"{timing.peak_bytes / 2**20:.1f}"]
+        table.add_row(
+            timing.name,
+            f"{min(timing.seconds) * 1e3:.3f}",
+            f"{statistics.median(timing.seconds) * 1e3:.3f}",
+            f"{timing.speedup(reference):.2f} ×",
+            f"{timing.first_seconds:.1f}",
+            f"{flops[timing.name] / 1e6:.3f}" if timing.name in flops else "",
+            "" if timing is reference else f"{timing.distance(reference):.0e}",
+            *peak,
+        )
+    return table
+
+
+@app.command()
+def doctor() -> None:
+    """Look for what would break on this machine, and say how to mend it."""
+    worst = GOOD
+    with _doing("looking") as _:
+        for finding in examine():
+            colour = COLOURS[finding.status]
+            out.print(
+                f"[{colour}]{finding.status:>7}[/]  {finding.what}: {finding.found}",
+                highlight=False,
+            )
+            if finding.mend:
+                out.print(f"         {finding.mend}", markup=False, highlight=False)
+            worst = BAD if BAD in (worst, finding.status) else worst
+    if worst == BAD:
+        raise click.exceptions.Exit(1)
+
+
+@app.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print a script that completes this program's words: eval "$(optimize-nested completion
+    bash)" """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(app, {}, PROGRAM, "_OPTIMIZE_NESTED_COMPLETE").source())
+
+
+def main() -> None:
+    """Run the program."""
+    app(prog_name=PROGRAM)
