@@ -132,7 +132,7 @@ def _fail_unless_captured(report: Report) -> None:
 @click.option("--stage", help="Print the graph after this stage in place of the report.")
 @click.option("--diff", nargs=2, metavar="STAGE STAGE", help="Print what changed between two.")
 def explain(target: Target, stage: str | None, diff: tuple[str, str] | None) -> None:
-    """Print what is done to a loss: its derivatives, their forms and prices. Nothing is compiled."""
+    """Print what is done to a loss: derivatives, forms and prices. Nothing is compiled."""
     report = _report(target)
     for name in (stage, *(diff or ())):
         if name is not None and name not in [s.name for s in report.stages]:

@@ -1,0 +1,57 @@
+"""Networks that several workloads share."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
+    """Build a multilayer perceptron (batch, sizes[0]) → (batch, sizes[-1])."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def conv_critic(channels: int = 64) -> nn.Sequential:
+    """Build the critic of WGAN-GP on images (batch, 3, 32, 32) → (batch, 1): 5×5, stride 2."""
+    widths = [3, channels, 2 * channels, 4 * channels]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 5, stride=2, padding=2), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 4 * 4 * channels, 1))
+
+
+def lenet() -> nn.Sequential:
+    """Build LeNet on digits (batch, 1, 28, 28) → (batch, 10)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.Tanh(),
+        nn.Linear(120, 84),
+        nn.Tanh(),
+        nn.Linear(84, 10),
+    )
+
+
+class Encoder(nn.Module):
+    """Encode token embeddings (batch, length, width) and map their mean to (batch, classes)."""
+
+    def __init__(self, width: int, heads: int, layers: int, classes: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits (batch, classes)."""
+        return self.head(self.layers(tokens).mean(1))
