@@ -56,6 +56,10 @@ fuzz: setup ## Compare random programs with themselves as written, others each t
 conformance: setup ## Compare PyTorch's operator database with eager, into docs/conformance.md
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.conformance
 
+.PHONY: bench
+bench: setup ## Time the workloads beside PyTorch, into docs/benchmarks.md (ARGS="--quick")
+	$(BIN)/python -m examples.benchmark $(ARGS)
+
 .PHONY: lint
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -111,10 +111,11 @@ def page(rows: list[Row], rounds: int) -> str:
     lines = [
         "# Benchmarks",
         "",
-        f"Made by `make bench`: {rounds} rounds, the forms taking turns in one process; medians. E is "
-        "the loss as written, eager; C the same under `torch.compile` with `trace_autograd_ops`; F its "
-        "`torch.func` form under `torch.compile`. A step is loss and gradients. F, the unit of FLOPs, "
-        "is one forward pass. First steps find nothing compiled before.",
+        f"Made by `make bench`: {rounds} rounds, the forms taking turns in one process; medians. "
+        "E is the loss as written, eager; C the same under `torch.compile` with "
+        "`trace_autograd_ops`; F its `torch.func` form under `torch.compile`. A step is loss and "
+        "gradients. The unit of FLOPs is one forward pass. First steps find nothing compiled "
+        "before.",
         "",
         f"torch {torch.__version__}, Python {platform.python_version()}, {device}, "
         f"{torch.get_num_threads()} threads.",
