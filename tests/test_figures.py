@@ -58,7 +58,8 @@ def test_penalty_with_data(
     loss: Callable[..., Tensor], activation: Callable[[], nn.Module]
 ) -> None:
     net, x = mlp(activation), torch.randn(128, 64, dtype=torch.float64)
-    assert flops_per_forward(check(loss, [net], x), net, x) <= 6.05
+    limit = 6.05 if activation in SMOOTH else 4.05
+    assert flops_per_forward(check(loss, [net], x), net, x) <= limit
 
 
 def critic(activation: Callable[[], nn.Module]) -> nn.Module:

@@ -8,9 +8,19 @@ from passes.graph import drop_dead, finish
 from passes.simplify.aliases import drop_aliases
 from passes.simplify.common import merge_common
 from passes.simplify.masks import narrow_masks
+from passes.simplify.permutes import permute_sums
+from passes.simplify.scales import merge_products, share_scaled
 from passes.simplify.zeros import drop_zeros
 
-RULES = (drop_aliases, drop_zeros, narrow_masks, merge_common)
+RULES = (
+    drop_aliases,
+    drop_zeros,
+    narrow_masks,
+    merge_common,
+    permute_sums,
+    share_scaled,
+    merge_products,
+)
 
 
 def simplify(module: GraphModule, rounds: int = 20) -> dict[str, int]:

@@ -43,7 +43,8 @@ _JOINS: dict[Any, tuple[int, ...]] = {
 }
 
 
-def _is_made_of_zeros(node: Node) -> bool:
+def is_made_of_zeros(node: Node) -> bool:
+    """Whether a node makes a tensor of zeros."""
     if node.target in _MADE:
         return True
     if node.target is aten.scalar_tensor.default:
@@ -89,7 +90,7 @@ def zero_nodes(graph: Graph) -> set[Node]:
         return False
 
     for node in graph.nodes:
-        if node.op == "call_function" and (_is_made_of_zeros(node) or derived(node)):
+        if node.op == "call_function" and (is_made_of_zeros(node) or derived(node)):
             zeros.add(node)
     return zeros
 

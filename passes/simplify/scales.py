@@ -1,0 +1,293 @@
+"""Compute what differs by a factor for each row only once.
+
+A *row scale* of a tensor (batch, …) is a tensor (batch, 1, …, 1). An operator that works on each
+row by itself, and is linear, commutes with it:
+
+    op(s ⊙ X) = s ⊙ op(X)
+
+A network with one output per row is pulled back from a cotangent (batch, 1), which is a row scale
+of ones; where the network is piecewise linear, everything on the way is the scale times what the
+gradient of the network's sum has on the way. So a data loss beside a gradient penalty needs no
+backward chain of its own, and its weight gradients ride on the penalty's own products:
+
+    mm((s ⊙ A)ᵀ, X) + mm(Aᵀ, Y) = mm(Aᵀ, s ⊙ X + Y)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from passes.graph import arguments, is_float, value_of
+from passes.simplify.aliases import _equal
+from passes.simplify.zeros import is_made_of_zeros
+
+aten = torch.ops.aten
+
+# Linear in the first argument, a row at a time, for all other arguments that there are.
+_LINEAR = {
+    aten.mm.default,
+    aten.neg.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
+# What is worth a pointwise product in its place.
+_DEAR = {aten.mm.default, *_CONVOLUTIONS}
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A node's value as factors for each row, times what a key stands for.
+
+    Attributes:
+        key: Equal for two nodes only if this is the same value.
+        scales: The factors, tensors with one element a row, in the order of their names.
+    """
+
+    key: Any
+    scales: tuple[Node, ...] = ()
+
+
+def share_scaled(graph: Graph) -> int:
+    """Replace a product or convolution of what is a row scale of something by the row scale of the
+    product of that, where it is there already: ``mm(s ⊙ X, W) → s ⊙ mm(X, W)``."""
+    found: dict[Node, _Scaled] = {}
+    plain: dict[Any, Node] = {}
+    changes = 0
+    for node in list(graph.nodes):
+        if not is_float(node) and node.target is not aten.convolution_backward.default:
+            continue
+        scaled = found[node] = _scaled(node, found)
+        if not scaled.scales:
+            plain.setdefault(scaled.key, node)
+        if not scaled.scales or not is_float(node):
+            continue
+        base = plain.get(scaled.key)
+        if base is None or _source(node).target not in _DEAR or not _is_same_layout(base, node):
+            continue
+        with graph.inserting_before(node):
+            product = base
+            for scale in scaled.scales:
+                product = emit(graph, aten.mul.Tensor, product, _shaped(graph, scale, base), node)
+        node.replace_all_uses_with(product)
+        found[product] = scaled
+        graph.erase_node(node)
+        changes += 1
+    return changes
+
+
+def merge_products(graph: Graph) -> int:
+    """Add before the product, where both have an operand in common up to a row scale:
+    ``mm((s ⊙ A)ᵀ, X) + mm(Aᵀ, Y) → mm(Aᵀ, s ⊙ X + Y)``, and so for a common right operand."""
+    found: dict[Node, _Scaled] = {}
+    for node in graph.nodes:
+        if is_float(node) or node.target is aten.convolution_backward.default:
+            found[node] = _scaled(node, found)
+    changes = 0
+    for node in list(graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        if node.kwargs or len(node.args) != 2 or not node.users:
+            continue
+        first, second = node.args
+        if not _is_own_product(first) or not _is_own_product(second) or first is second:
+            continue
+        if not _is_same_layout(first, second) or not _is_same_layout(first, node):
+            continue
+        with graph.inserting_before(node):
+            merged = _merged(graph, first, second, found)
+        if merged is not None:
+            merged.meta = {**node.meta, "val": value_of(node)}
+            node.replace_all_uses_with(merged)
+            graph.erase_node(node)
+            changes += 1
+    return changes
+
+
+def _is_own_product(node: Any) -> bool:
+    """Whether this is a matrix product that only one node reads."""
+    return isinstance(node, Node) and node.target is aten.mm.default and len(node.users) == 1
+
+
+def _merged(graph: Graph, first: Node, second: Node, found: dict[Node, _Scaled]) -> Node | None:
+    (a, x), (b, y) = arguments(first), arguments(second)
+    if a is b or x is y:
+        summands = (x, y) if a is b else (a, b)
+        total = emit(graph, aten.add.Tensor, *summands, summands[0])
+        return graph.call_function(aten.mm.default, (a, total) if a is b else (total, x))
+    rows, others = _rows_of(a), _rows_of(b)
+    if rows is None or others is None:
+        return None
+    one, other = found[rows], found[others]
+    if one.key != other.key or bool(one.scales) == bool(other.scales):
+        return None
+    if other.scales:
+        a, x, b, y, one = b, y, a, x, other
+    for scale in one.scales:
+        x = emit(graph, aten.mul.Tensor, x, _shaped(graph, scale, x), x)
+    total = emit(graph, aten.add.Tensor, x, y, x)
+    return graph.call_function(aten.mm.default, (b, total))
+
+
+def _rows_of(node: Node) -> Node | None:
+    """Return the matrix (batch, …) that this one is the transpose of."""
+    if node.target is aten.permute.default and list(arguments(node)[1]) == [1, 0]:
+        return arguments(node)[0]
+    return arguments(node)[0] if node.target is aten.t.default else None
+
+
+def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
+    """Return what a node is a row scale of; of itself if nothing is known."""
+    value, opaque = value_of(node), _Scaled(("node", node))
+    if _is_row_scale(value):
+        ones = ("ones", tuple(map(str, value.shape)), value.dtype, value.device)
+        return _Scaled(ones) if _is_ones(node) else _Scaled(ones, (node,))
+    if node.op != "call_function":
+        return opaque
+    target, args = node.target, arguments(node)
+    if target is aten.mul.Tensor:
+        return _of_product(node, found) or opaque
+    if target is aten.where.self:
+        return _of_branches(node, found) or opaque
+    first = args[0] if args else None
+    inner = found.get(first) if isinstance(first, Node) else None
+    if inner is None or not isinstance(first, Node):
+        return opaque
+    if target is operator.getitem and first.target is aten.convolution_backward.default:
+        return _Scaled((target, inner.key, args[1]), inner.scales)
+    if target in _RESHAPES:
+        keeps_rows = _equal(value_of(first).shape[0], value.shape[0]) if value.dim() else False
+        if not keeps_rows or not value_of(first).dim():
+            return opaque
+        return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
+    if target in _LINEAR or (target in _CONVOLUTIONS and _has_linear_rows(node)):
+        return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
+    return opaque
+
+
+def _of_product(node: Node, found: dict[Node, _Scaled]) -> _Scaled | None:
+    """``mul(X, s)``, ``mul(X, M)``, ``mul(X, number)``, in either order."""
+    one, other = node.args
+    if not isinstance(one, Node):
+        one, other = other, one
+    if not isinstance(one, Node) or one not in found:
+        return None
+    rank = value_of(node).dim()
+    if not isinstance(other, Node):
+        return _Scaled(_call(node.target, found[one].key, (other,), {}), found[one].scales)
+    if other not in found or not rank:
+        return None
+    for x, s in ((one, other), (other, one)):
+        if _is_row_scale(value_of(s), rank) and _same_shape(x, node):
+            return _Scaled(found[x].key, _together(found[x].scales, (s,)))
+    for x, m in ((one, other), (other, one)):
+        if found[x].scales and not found[m].scales and _same_shape(x, node):
+            return _Scaled(_call(node.target, found[x].key, (m,), {}), found[x].scales)
+    if not found[one].scales and not found[other].scales:
+        for x, m in ((one, other), (other, one)):
+            # The order in which a scaled product of the same two would be found.
+            if _same_shape(x, node) and found[x].key[0] != "node":
+                return _Scaled(_call(node.target, found[x].key, (m,), {}))
+    return None
+
+
+def _of_branches(node: Node, found: dict[Node, _Scaled]) -> _Scaled | None:
+    """``where(mask, s ⊙ X, s ⊙ Y)``, ``where(mask, s ⊙ X, 0)``."""
+    mask, *branches = arguments(node)
+    if any(branch not in found for branch in branches):
+        return None
+    full = [branch for branch in branches if not is_made_of_zeros(branch)]
+    scales = {found[branch].scales for branch in full}
+    if len(scales) != 1 or not all(_same_shape(branch, node) for branch in full):
+        return None
+    keys = (found[branch].key if branch in full else "zero" for branch in branches)
+    return _Scaled((node.target, mask, *keys), scales.pop())
+
+
+def _has_linear_rows(node: Node) -> bool:
+    """Whether a convolution has no bias, or the pullback of one is its input's only."""
+    args = arguments(node)
+    if node.target is aten.convolution.default:
+        return args[2] is None
+    return list(args[10]) == [True, False, False]
+
+
+def _call(target: Any, key: Any, rest: Sequence[Any], kwargs: Any) -> Any:
+    plain = tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in rest)
+    items = tuple(x if isinstance(x, Node) else (type(x).__name__, repr(x)) for x in plain)
+    return target, key, items, tuple(sorted((k, repr(v)) for k, v in kwargs.items()))
+
+
+def _together(one: tuple[Node, ...], other: tuple[Node, ...]) -> tuple[Node, ...]:
+    return tuple(sorted((*one, *other), key=lambda node: node.name))
+
+
+def _is_row_scale(value: Any, rank: int | None = None) -> bool:
+    """Whether a tensor has one element a row."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype.is_complex:
+        return False
+    return rank in (None, value.dim()) and all(_equal(size, 1) for size in value.shape[1:])
+
+
+def _is_ones(node: Node) -> bool:
+    while node.op == "call_function" and node.target in _SAME_NUMBERS:
+        node = arguments(node)[0]
+    if node.target is aten.ones.default:
+        return True
+    if node.target is not aten.full.default:
+        return False
+    number = arguments(node)[1]
+    return not isinstance(number, Node) and bool(number == 1)
+
+
+_SAME_NUMBERS = {aten.expand.default, aten.permute.default, aten.unsqueeze.default, *_RESHAPES}
+
+
+def _same_shape(one: Node, other: Node) -> bool:
+    a, b = value_of(one), value_of(other)
+    return len(a.shape) == len(b.shape) and all(map(_equal, a.shape, b.shape))
+
+
+def _is_same_layout(one: Node, other: Node) -> bool:
+    a, b = value_of(one), value_of(other)
+    return _same_shape(one, other) and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def _source(node: Node) -> Node:
+    return arguments(node)[0] if node.target is operator.getitem else node
+
+
+def _shaped(graph: Graph, scale: Node, like: Node) -> Node:
+    """Give a row scale the rank of what it scales."""
+    value, rank = value_of(scale), value_of(like).dim()
+    if value.dim() == rank:
+        return scale
+    sizes = [scale_size(graph, scale), *[1] * (rank - 1)]
+    return emit(graph, aten.reshape.default, scale, sizes, scale)
+
+
+def scale_size(graph: Graph, scale: Node) -> Any:
+    """Return the number of rows, as a node where it is symbolic."""
+    size = value_of(scale).shape[0]
+    if isinstance(size, int):
+        return size
+    made = graph.call_function(aten.sym_size.int, (scale, 0))
+    made.meta["val"] = size
+    return made
+
+
+def emit(graph: Graph, target: Any, one: Node, other: Any, like: Node) -> Node:
+    """Add a call; it comes from where ``like`` does."""
+    made = graph.call_function(target, (one, other))
+    values = [value_of(x) for x in other] if isinstance(other, list) else value_of(other)
+    made.meta = {**like.meta, "val": target(value_of(one), values)}
+    return made
