@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from passes.linearize import push_forward
 from passes.markers import stop
+from passes.tracking import reverse_pass, run, run_reverse
 
 
 def _as_point(x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def gradient(
     captured = inputs[n_points : len(inputs) - n_outputs]
     with torch.enable_grad():
         points = [_as_point(x) for x in inputs[:n_points]]
-        values = body(*points, *captured)
+        values = run(body, [*points, *captured])
         grads = _pullback(values[:n_outputs], points, seeds, seed_dims)
     return (*grads, *values)
 
@@ -93,14 +94,15 @@ def _pullback(
     live_outputs, live_seeds = [u for u, _ in live], [c for _, c in live]
 
     def rows(cotangents: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            live_outputs,
-            points,
-            cotangents,
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with reverse_pass("cotangent", live_outputs):
+            return torch.autograd.grad(
+                live_outputs,
+                points,
+                cotangents,
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
     batched = rows
     for _ in range(seed_dims):
@@ -116,7 +118,7 @@ class _Linearized(torch.autograd.Function):
         ctx: Any, primal: GraphModule, tangent: GraphModule, n_results: int, active: tuple, *inputs
     ):
         ctx.set_materialize_grads(False)
-        out = primal(*inputs)
+        out = run(primal, inputs)
         ctx.tangent, ctx.active, ctx.n_inputs = tangent, active, len(inputs)
         ctx.residuals = out[n_results:]
         results = _apart(out[:n_results], inputs)
@@ -137,7 +139,8 @@ class _Linearized(torch.autograd.Function):
             directions.append(
                 torch.zeros(shape, dtype=dtype, device=device) if given is None else given
             )
-        pulled = dict(zip(inputs, ctx.tangent(*ctx.residuals, *directions), strict=True))
+        moved = run(ctx.tangent, [*ctx.residuals, *directions])
+        pulled = dict(zip(inputs, moved, strict=True))
         return (None, None, None, None, *(pulled.get(i) for i in range(ctx.n_inputs)))
 
 
@@ -186,7 +189,7 @@ class _UserFunction(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, forward: Any, backward: Any, n_outputs: int, constant: tuple[int, ...], *inputs
     ):
-        out = forward(*inputs)
+        out = run(forward, inputs)
         outputs = _apart(out[:n_outputs], inputs)
         # What is saved may be an input or an output; autograd tells by identity.
         own = {id(raw): output for raw, output in zip(out, outputs, strict=False)}
@@ -202,7 +205,7 @@ class _UserFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         pairs = zip(ctx.saved_tensors, ctx.plain, strict=True)
         saved = [plain if tensor is None else tensor for tensor, plain in pairs]
-        return (*(None,) * ctx.n_arguments, *ctx.backward_graph(*cotangents, *saved))
+        return (*(None,) * ctx.n_arguments, *run_reverse(ctx.backward_graph, [*cotangents, *saved]))
 
 
 def user_function(

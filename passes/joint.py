@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from passes.graph import drop_dead, finish, results, value_of
 from passes.linearize import flatten_output
 from passes.markers import STOP
+from passes.origin import note_new
 from passes.simplify import simplify
 from passes.tracing import example_inputs, fake_mode_of, trace
+from passes.tracking import reverse_pass, run
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def trace_value(module: GraphModule) -> GraphModule:
 
     def step(*values: Any) -> list[Any]:
         with torch.no_grad():
-            return list(Interpreter(module).run(*values))
+            return list(run(module, values))
 
     joint = trace(step, examples, fake_mode_of(examples))
     finish_joint(joint)
@@ -66,7 +68,7 @@ def trace_joint(module: GraphModule, roles: Roles, *, seeded: bool) -> GraphModu
     """
     like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
     return trace_step(
-        lambda inputs: Interpreter(module).run(*inputs),
+        lambda inputs: run(module, inputs),
         example_inputs(module),
         roles,
         leaves=roles.wanted,
@@ -96,17 +98,18 @@ def trace_step(
 
     def gradients(outputs: Sequence[Any], inputs: list[Any], given: Sequence[Tensor]) -> list[Any]:
         ends = [outputs[i] for i in roles.differentiable]
-        seeds = list(given) if cotangents else [torch.ones_like(u) for u in ends]
-        live = [(u, c) for u, c in zip(ends, seeds, strict=True) if u.requires_grad]
         found: Sequence[Any] = [None] * len(reached)
-        if live and reached:
-            found = torch.autograd.grad(
-                [u for u, _ in live],
-                [inputs[i] for i in reached],
-                [c for _, c in live],
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        with reverse_pass("gradient", ends):
+            seeds = list(given) if cotangents else [torch.ones_like(u) for u in ends]
+            live = [(u, c) for u, c in zip(ends, seeds, strict=True) if u.requires_grad]
+            if live and reached:
+                found = torch.autograd.grad(
+                    [u for u, _ in live],
+                    [inputs[i] for i in reached],
+                    [c for _, c in live],
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
         by_input = dict(zip(reached, found, strict=True))
         return [by_input.get(i) for i in roles.wanted]
 
@@ -129,6 +132,7 @@ def finish_joint(joint: GraphModule) -> None:
     flatten_output(joint.graph)
     drop_stops(joint)
     joint.meta["simplified"] = sum(simplify(joint).values())
+    note_new(joint, "joint")
 
 
 def drop_stops(module: GraphModule) -> int:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.traceback import set_current_meta
 from torch.utils import _pytree as pytree
 
 from passes.graph import drop_dead, finish, placeholders, reaches, results
+from passes.origin import mark_of, note
 from passes.simplify import simplify
 from passes.tangent_rules import NoRule, tangent_of
 from passes.tracing import example_inputs, fake_mode_of, trace
+from passes.tracking import acting
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def push_forward(
             primal[node], tangent[node] = getattr(module, str(node.target)), None
         elif node.op == "call_function":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), primal.__getitem__)
-            primal[node] = out = node.target(*args, **kwargs)
+            with set_current_meta(node):
+                primal[node] = out = node.target(*args, **kwargs)
             moving = any(_is_moving(tangent[read]) for read in node.all_input_nodes)
             if not moving:
                 tangent[node] = None
@@ -64,7 +68,8 @@ def push_forward(
             along = pytree.tree_map(
                 lambda item: tangent[item] if isinstance(item, Node) else None, node.args
             )
-            tangent[node] = tangent_of(node.target, out, args, kwargs, along)
+            with acting(node, "tangent"):
+                tangent[node] = tangent_of(node.target, out, args, kwargs, along)
     output = module.graph.output_node()
     flat = output.args[0]
     assert isinstance(flat, (tuple, list)), "a graph returns a flat tuple"
@@ -157,6 +162,9 @@ def split(module: GraphModule, late: Sequence[Node], n_early: int) -> Linearizat
         node for node in dict.fromkeys(reads) if node not in behind and node.op != "get_attr"
     ]
     early_nodes = [n for n in graph.nodes if n not in behind and n.op != "output"]
+    for node in early_nodes:
+        if mark_of(node).role == "tangent":
+            note(node, role="cotangent")  # a factor of tangents, and of cotangents, that knows none
     primal = _extract(
         module,
         [n for n in early_nodes if n.op == "placeholder"],

@@ -26,6 +26,7 @@ from passes.graph import (
 )
 from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
+from passes.origin import note, note_new, note_site
 from passes.simplify import simplify
 from passes.tracing import example_inputs, fake_mode_of, trace
 
@@ -117,6 +118,7 @@ def nest(module: GraphModule) -> int:
     _dissolve_marks(module)
     sort_nodes(graph)
     drop_dead(graph)
+    note_new(module, "nest")
     finish(module)
     return made
 
@@ -191,6 +193,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
         raise NotNested("forward mode through a user-defined autograd.Function")
     if not backward and order > 1:
         body = _without_derivatives(body)
+    note_site(body, name, mark)
     body_name = f"body_{name}"
     module.register_module(body_name, body)
     derivatives = [value_of(mark)[i] for i in answers]
@@ -213,6 +216,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
             "site": Site(name, _operator(backward, batch_dims), order, where(mark)),
             "draws": bool(within),
         }
+        note(node, site=name, stage="nest", role="cotangent" if backward else "tangent")
         for position, index in enumerate(answers):
             _replace_item(mark, index, _item(graph, node, position))
         values = [] if copied else [*enumerate([*outputs, *escaping], start=len(derivatives))]

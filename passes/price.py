@@ -60,7 +60,8 @@ def _expr(value: Any) -> sympy.Expr:
     return sympy.sympify(node.expr if node is not None else value)
 
 
-def _size_in_bytes(value: Any) -> sympy.Expr:
+def size_in_bytes(value: Any) -> sympy.Expr:
+    """Return the bytes that a tensor fills."""
     if not isinstance(value, Tensor):
         return sympy.Integer(0)
     elements = sympy.Integer(1)
@@ -83,13 +84,30 @@ def price(module: GraphModule) -> Price:
     """Price a functional ATen graph."""
     flops, moved = sympy.Integer(0), sympy.Integer(0)
     for node in module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        flops += node_flops(node)
-        if node.target not in _VIEWS and getattr(node.target, "__name__", "") != "getitem":
-            moved += sum((_size_in_bytes(value_of(read)) for read in node.all_input_nodes), start=0)
-            moved += sum((_size_in_bytes(v) for v in tree_leaves(value_of(node))), start=0)
+        if node.op == "call_function":
+            flops += node_flops(node)
+            moved += node_bytes(node)
     return Price(sympy.sympify(flops), sympy.sympify(moved))
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node only looks at memory that another has filled."""
+    return node.target in _VIEWS or getattr(node.target, "__name__", "") == "getitem"
+
+
+def node_bytes(node: Node) -> sympy.Expr:
+    """Return the bytes that one node reads and writes."""
+    if is_view(node):
+        return sympy.Integer(0)
+    read = (size_in_bytes(value_of(source)) for source in node.all_input_nodes)
+    made = (size_in_bytes(value) for value in tree_leaves(value_of(node)))
+    return sum([*read, *made], start=sympy.Integer(0))
+
+
+def count_matmuls(module: GraphModule) -> int:
+    """Return how many matrix products and convolutions a graph holds."""
+    targets = [getattr(node.target, "overloadpacket", None) for node in module.graph.nodes]
+    return sum(target in flop_registry for target in targets)
 
 
 def size_hints(module: GraphModule) -> dict[sympy.Symbol, int]:
@@ -136,6 +154,7 @@ class FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total: sympy.Expr = sympy.Integer(0)
+        self.calls = 0
 
     @property
     def flops(self) -> int:
@@ -157,4 +176,5 @@ class FlopCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if formula is not None:
             self.total += _expr(formula(*args, **kwargs, out_val=out))
+            self.calls += 1
         return out

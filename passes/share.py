@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from passes.graph import arguments, drop_dead, finish, is_impure, needs, reaches, value_of
 from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
+from passes.origin import note_new
 from passes.simplify.common import merge_common
 
 
@@ -34,6 +35,7 @@ def share(module: GraphModule, active: set[Node]) -> int:
     total = 0
     while merged := _one_round(module.graph, active):
         total += merged
+    note_new(module, "share")
     finish(module)
     return total
 

@@ -105,6 +105,8 @@ def _record(
     # A view is right for the strides seen here; what runs later on the graph may bring others.
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+    for node in module.graph.nodes:
+        node.meta.pop("from_node", None)  # a chain that each trace would copy, one link longer
     module.recompile()
     return module
 

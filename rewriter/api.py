@@ -19,6 +19,7 @@ from rewriter.options import Options, make_options
 from rewriter.recorder import Recorder
 from rewriter.report import Report, make_report
 from rewriter.rewrite import rewrite
+from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.step import Explained, Step, explaining
 
@@ -81,12 +82,29 @@ class OptimizedLoss(Specialising):
             with gradients_on():
                 self._captured_call(args, kwargs)
         except Explained as found:
-            return make_report(found.rewritten)
+            return make_report(
+                found.rewritten,
+                function=self.name,
+                specialisations=[step.rewritten for step in self.steps],
+                breaks=[str(refusal) for refusal in self.refusals],
+            )
         except CaptureError as refusal:
-            return Report(captured=False, reason=str(refusal), layers=self.layers.reports())
+            return self._not_captured(str(refusal))
         finally:
             explaining.reset(token)
-        return Report(captured=False, reason="the loss computes no tensors")
+        return self._not_captured("the loss computes no tensors")
+
+    def _not_captured(self, reason: str) -> Report:
+        code = getattr(inspect.unwrap(self.as_written), "__code__", None)
+        place = [(code.co_filename, code.co_firstlineno)] if code is not None else []
+        return Report(
+            captured=False,
+            reason=reason,
+            layers=self.layers.reports(),
+            function=self.name,
+            sources=sources_of(place),
+            breaks=tuple(dict.fromkeys([*map(str, self.refusals), reason])),
+        )
 
     def __copy__(self) -> OptimizedLoss:
         """Return itself, as a function does."""

@@ -27,12 +27,14 @@ class AsWritten:
 
     Attributes:
         flops: Matmul and convolution FLOPs of loss and gradients, in the symbolic sizes.
+        matmuls: How many matrix products and convolutions that is.
         wanted: Positions of the inputs that require grad.
         reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the
             others ``.grad`` stays None.
     """
 
     flops: sympy.Expr
+    matmuls: int
     wanted: tuple[int, ...]
     reached: dict[int, frozenset[int]]
 
@@ -104,6 +106,7 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
         ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
         # Counted once, all outputs together, as one backward pass would.
         gradients_of(outputs, leaves, retain_graph=True)
+        matmuls = counter.calls
     reached = {}
     with mode, _numbers_forgotten(mode):
         for end in ends:
@@ -111,7 +114,7 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
             reached[end] = frozenset(
                 i for i, grad in zip(wanted, grads, strict=True) if grad is not None
             )
-    return AsWritten(counter.total, wanted, reached)
+    return AsWritten(counter.total, matmuls, wanted, reached)
 
 
 def _numbers_forgotten(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:

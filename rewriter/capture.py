@@ -71,6 +71,9 @@ torch._dynamo.allow_in_graph(write_outside)
 
 _is_capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("is_capturing", default=False)
 
+DERIVATIVES = frozenset({torch.autograd.grad, eager_transforms._autograd_grad})
+"""What a captured graph calls where a reverse pass begins."""
+
 DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 MAX_SPECIALISATIONS = 64
 

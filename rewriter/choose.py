@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule
 
 from passes.graph import copy_graph, placeholders, results, value_of
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, sites
-from passes.price import Price, evaluated, price, size_hints
+from passes.origin import mark_of, note
+from passes.price import Price, evaluated, node_flops, price, size_hints
 from passes.strategies import STRATEGIES, Refused
 from passes.tracing import example_inputs
+from passes.tracking import Tracked
 from rewriter.as_written import AsWritten
+from rewriter.capture import DERIVATIVES
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.options import Options
 from rewriter.recurrent import KINDS, layer_by_layer
@@ -35,12 +39,16 @@ class Candidate:
         price: Of the whole joint graph.
         flops: Its FLOPs at the sizes at hand.
         bytes_moved: Its bytes at the sizes at hand.
+        nodes: How many operators it has.
+        site_flops: Site name → the FLOPs of its value and its pullback, as far as told apart.
     """
 
     strategies: dict[str, str]
     price: Price
     flops: int
     bytes_moved: int
+    nodes: int
+    site_flops: Mapping[str, sympy.Expr]
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,13 @@ def _in_form(
 
 def _priced(taken: dict[str, str], joint: GraphModule) -> Candidate:
     cost = price(joint)
-    return Candidate(taken, cost, *cost.at(size_hints(joint)))
+    calls = [node for node in joint.graph.nodes if node.op == "call_function"]
+    by_site: dict[str, sympy.Expr] = dict.fromkeys(taken, sympy.Integer(0))
+    for node in calls:
+        site = mark_of(node).site
+        if site in by_site:
+            by_site[site] += node_flops(node)
+    return Candidate(taken, cost, *cost.at(size_hints(joint)), len(calls), by_site)
 
 
 def _as_written(
@@ -220,6 +234,7 @@ def _as_written(
     captured = copy_graph(captured)
     for node in captured.graph.nodes:
         node.target = WRITTEN_OUT.get(node.target, node.target)
+        note(node, role="primal", stage="flatten")
         if node.target in KINDS:
             node.target, node.args = layer_by_layer, (KINDS[node.target], *node.args)
     captured.recompile()
@@ -228,7 +243,7 @@ def _as_written(
         for i in roles.updated:
             inputs[i] = inputs[i].clone()
         with levels_restored():
-            outputs = captured(*inputs)
+            outputs = Tracked(captured, derivatives=DERIVATIVES).run(*inputs)
         return [*outputs, *(inputs[i] for i in roles.updated)]
 
     start = time.perf_counter()

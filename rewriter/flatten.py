@@ -24,6 +24,7 @@ from passes.graph import (
 from passes.linearize import flatten_output
 from passes.markers import FUNCTION, STOP, NeedsBatchedPoint
 from passes.nest import nest
+from passes.origin import note_new
 from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of
 from rewriter.errors import CaptureError, NeedsNumber
@@ -60,6 +61,7 @@ def flatten(captured: GraphModule) -> Flat:
     """
     module, promoted = _recorded(captured)
     n_outputs = len(results(module.graph))
+    note_new(module, "flatten")
     return Flat(module, n_outputs, _take_out_updates(module), promoted)
 
 

@@ -21,7 +21,6 @@ from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, OptionError, TooLittleWork
 from rewriter.flatten import flatten
 from rewriter.options import Options
-from rewriter.report import TowerReport, level_reports
 from rewriter.rewrite import check_differentiability
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.stand_ins import StandIns, standing_in, stood_in
@@ -34,6 +33,7 @@ from rewriter.stateful import (
 )
 from rewriter.step import value_only
 from rewriter.tower import CompiledLevel
+from rewriter.tower_report import TowerReport, level_reports
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._functorch import eager_transforms, predispatch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.traceback import set_current_meta
 from torch.utils import _pytree as pytree
 
 from passes.decompositions import scaled_mask
@@ -133,7 +134,8 @@ class Marking(Interpreter):
         if n.target is set_requires_grad or (
             n.op == "call_method" and n.target == "requires_grad_"
         ):
-            return self._set_requires_grad(n)
+            with set_current_meta(n):
+                return self._set_requires_grad(n)
         if not self.grad_enabled and _writes_to_differentiable(n):
             raise CaptureError(
                 "an in-place write under no_grad to a tensor that requires grad", where(n)

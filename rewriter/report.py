@@ -1,22 +1,48 @@
-"""The record of what was done to a loss, and its one-screen text."""
+"""The record of what was done to a loss."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import sympy
+import torch
+from rich.text import Text
 from torch.fx import GraphModule
 
 from passes.graph import describe, placeholders, value_of
+from passes.kept import bytes_kept
 from passes.nest import Site
-from passes.price import evaluated, price, size_hints
+from passes.origin import origin_of, readable
+from passes.price import count_matmuls, evaluated, size_hints
 from rewriter.choose import AS_WRITTEN, REVERSE, Candidate
+from rewriter.files import write_whole
+from rewriter.report_nodes import nodes_of
+from rewriter.report_text import text_of
 from rewriter.rewrite import Rewritten, Stage
+from rewriter.sources import Source, place_of, shown, sources_of
+from rewriter.version import __version__
 
-if TYPE_CHECKING:
-    from rewriter.tower import CompiledLevel
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A strategy that a site could take.
+
+    Attributes:
+        strategy: Its name.
+        accepted: Whether it applies.
+        reason: Why it does not, or why it was not taken.
+    """
+
+    strategy: str
+    accepted: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,10 @@ class SiteReport:
         status: ``"rewritten"`` or ``"as written"``.
         strategy: The strategy taken.
         reason: Why, in words.
+        candidates: Every strategy that was considered.
+        flops: FLOPs of its value and its pullback; 0 where the site is as written and cannot be
+            told apart.
+        flops_formula: The same in the symbolic sizes.
     """
 
     name: str
@@ -40,23 +70,36 @@ class SiteReport:
     status: str
     strategy: str
     reason: str
+    candidates: tuple[Considered, ...] = ()
+    flops: int = 0
+    flops_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What was captured, chosen and built for one specialisation of a loss.
 
     Attributes:
         sites: One record per nested derivative.
-        stages: The graph after each pass; each can be run.
+        stages: The graph after each pass.
         candidates: Every form that was priced.
         flops: Matmul and convolution FLOPs of the whole step (loss and gradients) as rewritten.
         flops_as_written: The same for the loss as written.
         flops_formula: ``flops`` in the symbolic sizes.
+        flops_as_written_formula: ``flops_as_written`` in the symbolic sizes.
         bytes_moved: Bytes that the rewritten graph's operators read and write, each on its own.
+        bytes_kept: The most bytes that computed values fill at one moment, when the joint graph
+            runs in its own order and each value is freed after its last use; inputs do not count.
+        matmuls: Matrix products and convolutions of the step as rewritten.
+        matmuls_as_written: The same for the loss as written.
         graph: The joint graph; runnable.
         captured: Whether the loss was captured; if not, ``reason`` says why, ``layers`` what became
-            of the modules it has called so far, and the rest is empty.
+            of the modules it has called so far, and the graphs are absent.
+        function: The loss's name.
+        inputs: What the graph takes, by name: ``{"net.0.weight": "f32[32, 2]"}``.
+        sources: The user's functions that nodes come from.
+        breaks: Why calls of the loss were not captured, each kind of call once.
+        recompiles: What each specialisation of the loss so far holds for.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -65,119 +108,226 @@ class Report:
     flops: int = 0
     flops_as_written: int = 0
     flops_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    flops_as_written_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
     bytes_moved: int = 0
+    bytes_kept: int = 0
+    matmuls: int = 0
+    matmuls_as_written: int = 0
     graph: GraphModule | None = None
     captured: bool = True
     reason: str = ""
     layers: tuple[str, ...] = ()
+    function: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[Source, ...] = ()
+    breaks: tuple[str, ...] = ()
+    recompiles: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        if not self.captured:
-            how = "captured by layer" if self.layers else "runs as written"
-            return "\n  ".join([f"{how}: {self.reason}", *self.layers])
-        assert self.graph is not None
-        inputs = ", ".join(describe(value_of(n)) for n in placeholders(self.graph.graph))
-        lines = [f"{len(self.sites)} nested derivative(s), inputs {_shortened(inputs, 80)}"]
-        for site in self.sites:
-            lines.append(
-                f"  {site.name}: {site.operator}, order {site.order}, {site.status} "
-                f"({site.strategy})"
-            )
-            lines.append(f"    at {_short_path(site.where)}")
-            lines.append(f"    {site.reason}")
-        if self.candidates:
-            lines.append("candidates")
-            for candidate in self.candidates:
-                names = ", ".join(sorted(set(candidate.strategies.values()))) or "no site"
-                lines.append(
-                    f"  {names}: {_si(candidate.flops)}FLOP, {_si(candidate.bytes_moved)}B moved"
-                )
-        lines.append("stages")
+    def stage(self, name: str) -> Stage:
+        """Return a stage by name.
+
+        Raises:
+            KeyError: There is no such stage.
+        """
         for stage in self.stages:
-            nodes = len(stage.module.graph.nodes)
-            lines.append(
-                f"  {stage.name}: {nodes} nodes, {stage.changes} changes, {stage.seconds:.2f} s"
-            )
-        ratio = self.flops / self.flops_as_written if self.flops_as_written else 1.0
-        lines.append(
-            f"step: {_si(self.flops)}FLOP, as written {_si(self.flops_as_written)}FLOP "
-            f"(x{ratio:.2f}), {_si(self.bytes_moved)}B moved"
-        )
-        return "\n".join(lines)
+            if stage.name == name:
+                return stage
+        names = ", ".join(stage.name for stage in self.stages) or "none: the loss was not captured"
+        raise KeyError(f"no stage {name!r}; the stages are {names}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole report as plain data: numbers, strings, lists and dicts.
 
-@dataclass(frozen=True)
-class LevelReport:
-    """One graph of a tower.
+        See ``docs`` for the schema; ``format`` changes when it does.
+        """
+        hints = size_hints(self.graph) if self.graph is not None else {}
+        by_line: dict[str, str] = {}
+        for site in self.sites:
+            by_line.setdefault(site.where, site.name)
+        stages = [
+            {**_stage_summary(stage), "nodes": nodes_of(stage.module, hints, by_line)}
+            for stage in self.stages
+        ]
+        return {**self.summary(), "stages": stages}
 
-    Attributes:
-        order: 0 for the module's own value, 1 for a derivative of it, …
-        what: ``"value"``, ``"pullback"``, ``"pushforward"`` or ``"batch"``.
-        flops: Matmul and convolution FLOPs of the graph that has run; 0 if none has.
-        nodes: Its operators.
-    """
+    def summary(self) -> dict[str, Any]:
+        """Return what `to_dict` does, without the nodes of the stages."""
+        taken = min(self.candidates, key=lambda c: c.flops, default=None)
+        return {
+            "format": FORMAT,
+            "function": self.function,
+            "versions": {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "optimize_nested": __version__,
+            },
+            "captured": self.captured,
+            "reason": self.reason,
+            "layers": list(self.layers),
+            "inputs": [{"name": name, "tensor": tensor} for name, tensor in self.inputs.items()],
+            "sources": [
+                {"path": s.path, "first_line": s.first_line, "lines": list(s.lines)}
+                for s in self.sources
+            ],
+            "sites": [_site_record(site) for site in self.sites],
+            "candidates": [
+                {
+                    "strategies": dict(c.strategies),
+                    "flops": c.flops,
+                    "flops_formula": str(c.price.flops),
+                    "bytes_moved": c.bytes_moved,
+                    "nodes": c.nodes,
+                    "taken": c is taken,
+                }
+                for c in self.candidates
+            ],
+            "stages": [_stage_summary(stage) for stage in self.stages],
+            "totals": {
+                "flops": self.flops,
+                "flops_as_written": self.flops_as_written,
+                "flops_formula": str(self.flops_formula),
+                "flops_as_written_formula": str(self.flops_as_written_formula),
+                "bytes_moved": self.bytes_moved,
+                "bytes_kept": self.bytes_kept,
+                "matmuls": self.matmuls,
+                "matmuls_as_written": self.matmuls_as_written,
+                "nodes": _operators(self.graph),
+            },
+            "breaks": list(self.breaks),
+            "recompiles": list(self.recompiles),
+        }
 
-    order: int
-    what: str
-    flops: int
-    nodes: int
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` to a file, whole or not at all.
 
-
-@dataclass(frozen=True)
-class TowerReport:
-    """What a module's calls have built so far.
-
-    Attributes:
-        name: The module's class.
-        levels: The levels of each specialisation, each before those made from it.
-        reasons: Why calls run as written.
-        layers: What became of the modules inside of one that runs as written.
-    """
-
-    name: str
-    levels: tuple[LevelReport, ...] = ()
-    reasons: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ()
+        Raises:
+            OSError: The file cannot be written; one that was there is as it was.
+        """
+        write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {sum(level.order == 0 for level in self.levels)} specialisation(s)"]
-        for level in self.levels:
-            work = f"{_si(level.flops)}FLOP, {level.nodes} operators" if level.nodes else "not run"
-            lines.append(f"  {'  ' * level.order}level {level.order}, {level.what}: {work}")
-        lines += [f"  runs as written: {reason}" for reason in self.reasons]
-        lines += [f"    {line}" for line in self.layers]
-        return "\n".join(lines)
+        return text_of(self.summary()).plain
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __rich__(self) -> Text:
+        return text_of(self.summary())
 
 
-def level_reports(base: CompiledLevel) -> list[LevelReport]:
-    """Return a level and all that were made from it."""
-    found = []
-    for order, what, compiled in base.walk():
-        flops = nodes = 0
-        for graph in compiled.graphs():
-            flops += evaluated(price(graph).flops, size_hints(graph))
-            nodes += sum(node.op == "call_function" for node in graph.graph.nodes)
-        found.append(LevelReport(order, what, flops, nodes))
-    return found
+def _operators(graph: GraphModule | None) -> int:
+    nodes = graph.graph.nodes if graph is not None else ()
+    return sum(node.op == "call_function" for node in nodes)
 
 
-def make_report(rewritten: Rewritten) -> Report:
-    """Build the report of a rewritten loss."""
+def _stage_summary(stage: Stage) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "seconds": round(stage.seconds, 4),
+        "changes": stage.changes,
+        "maker": stage.maker,
+        "operators": _operators(stage.module),
+    }
+
+
+def _site_record(site: SiteReport) -> dict[str, Any]:
+    path, line, code = place_of(site.where)
+    return {
+        "name": site.name,
+        "path": shown(path) if path else "",
+        "line": line,
+        "code": code,
+        "operator": site.operator,
+        "order": site.order,
+        "status": site.status,
+        "strategy": site.strategy,
+        "reason": site.reason,
+        "flops": site.flops,
+        "flops_formula": str(site.flops_formula) if site.flops_formula != 0 else "",
+        "candidates": [
+            {"strategy": c.strategy, "accepted": c.accepted, "reason": c.reason}
+            for c in site.candidates
+        ],
+    }
+
+
+def make_report(
+    rewritten: Rewritten,
+    *,
+    function: str = "",
+    specialisations: Sequence[Rewritten] = (),
+    breaks: Sequence[str] = (),
+) -> Report:
+    """Build the report of a rewritten loss.
+
+    Args:
+        rewritten: The specialisation to report.
+        function: The loss's name.
+        specialisations: All there are so far.
+        breaks: Why calls of the loss were not captured.
+    """
     taken = rewritten.choice.taken
     hints = size_hints(rewritten.joint)
+    sites = tuple(_site_report(rewritten, site, hints) for site in rewritten.sites)
     return Report(
-        sites=tuple(_site_report(rewritten, site) for site in rewritten.sites),
+        sites=sites,
         stages=rewritten.stages,
         candidates=rewritten.choice.candidates,
         flops=taken.flops,
         flops_as_written=evaluated(rewritten.as_written.flops, hints),
         flops_formula=taken.price.flops,
+        flops_as_written_formula=rewritten.as_written.flops,
         bytes_moved=taken.bytes_moved,
+        bytes_kept=bytes_kept(rewritten.joint, hints),
+        matmuls=count_matmuls(rewritten.joint),
+        matmuls_as_written=rewritten.as_written.matmuls,
         graph=rewritten.joint,
+        function=function,
+        inputs=_inputs(rewritten),
+        sources=_sources(rewritten),
+        breaks=tuple(breaks),
+        recompiles=_recompiles(specialisations),
     )
 
 
-def _site_report(rewritten: Rewritten, site: Site) -> SiteReport:
+def _inputs(rewritten: Rewritten) -> dict[str, str]:
+    """Return the inputs of the joint graph by name; those after the loss's own are cotangents."""
+    nodes = placeholders(rewritten.joint.graph)
+    names = [readable(name) for name in rewritten.names]
+    names += [f"cotangent of output {i}" for i in rewritten.roles.differentiable]
+    return {name: describe(value_of(node)) for name, node in zip(names, nodes, strict=False)}
+
+
+def _sources(rewritten: Rewritten) -> tuple[Source, ...]:
+    modules = [part for s in rewritten.stages for part in s.module.modules()]
+    graphs = [part.graph for part in modules if isinstance(part, GraphModule)]
+    found = {origin_of(node).where for graph in graphs for node in graph.nodes}
+    found.update(site.where for site in rewritten.sites)
+    return sources_of(place_of(where)[:2] for where in found)
+
+
+def _recompiles(specialisations: Sequence[Rewritten]) -> tuple[str, ...]:
+    """Say what each specialisation holds for; of a later one, in what it differs from the first."""
+    lines, first = [], {}
+    for number, rewritten in enumerate(specialisations, start=1):
+        inputs = _inputs(rewritten)
+        for position in rewritten.roles.wanted:
+            inputs[readable(rewritten.names[position])] += " requires grad"
+        if number == 1:
+            first = inputs
+            lines.append(", ".join(f"{name} {kind}" for name, kind in inputs.items()))
+            continue
+        changed = [
+            f"{n} {inputs.get(n, 'absent')}"
+            for n in {**first, **inputs}
+            if inputs.get(n) != first.get(n)
+        ]
+        same = "the same tensors; a Python value, a module's mode or a global differs"
+        lines.append(", ".join(changed) or same)
+    return tuple(lines)
+
+
+def _site_report(rewritten: Rewritten, site: Site, hints: dict[sympy.Symbol, int]) -> SiteReport:
     choice = rewritten.choice
     strategy = choice.taken.strategies[site.name]
     refused = [f"{s} refused: {r}" for (name, s), r in choice.refusals.items() if name == site.name]
@@ -189,6 +339,7 @@ def _site_report(rewritten: Rewritten, site: Site) -> SiteReport:
         reason = "asked for"
     else:
         reason = "fewest FLOPs, or first among equals"
+    formula = choice.taken.site_flops.get(site.name, sympy.Integer(0))
     return SiteReport(
         name=site.name,
         where=site.where,
@@ -197,22 +348,29 @@ def _site_report(rewritten: Rewritten, site: Site) -> SiteReport:
         status="as written" if strategy in (REVERSE, AS_WRITTEN) else "rewritten",
         strategy=strategy,
         reason=reason,
+        candidates=tuple(_considered(rewritten, site, strategy)),
+        flops=evaluated(formula, hints),
+        flops_formula=formula,
     )
 
 
-def _si(number: float) -> str:
-    """Print with an SI prefix: ``12.3 M``."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} P"
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _short_path(where: str) -> str:
-    path, colon, rest = where.partition(":")
-    return f"{os.path.basename(path)}{colon}{rest}"
+def _considered(rewritten: Rewritten, site: Site, taken: str) -> list[Considered]:
+    """Return every strategy that was built or refused at a site, in the order of trial."""
+    choice = rewritten.choice
+    best = choice.taken.flops
+    found = {
+        strategy: Considered(strategy, False, reason)
+        for (name, strategy), reason in choice.refusals.items()
+        if name == site.name
+    }
+    for candidate in choice.candidates:
+        strategy = candidate.strategies[site.name]
+        if strategy == taken:
+            found[strategy] = Considered(strategy, True, "taken")
+        elif strategy not in found:
+            more = candidate.flops - best
+            reason = (
+                f"{more} FLOPs more in the whole step" if more else "as many FLOPs, tried later"
+            )
+            found[strategy] = Considered(strategy, True, reason)
+    return list(found.values())

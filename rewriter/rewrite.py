@@ -23,6 +23,14 @@ from rewriter.flatten import Flat, flatten
 from rewriter.options import Options
 from rewriter.twice import write_out
 
+_MAKERS = {
+    "flatten": "rewriter.flatten",
+    "share": "passes.share",
+    "nest": "passes.nest",
+    "choose": "rewriter.choose",
+    "joint": "passes.joint",
+}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -33,12 +41,14 @@ class Stage:
         module: The graph; it can be run.
         changes: How many changes the pass made.
         seconds: How long it took.
+        maker: The Python module of the pass.
     """
 
     name: str
     module: GraphModule
     changes: int
     seconds: float
+    maker: str = ""
 
     @property
     def text(self) -> str:
@@ -108,7 +118,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
         start = time.perf_counter()
         module, changes = run()
         seconds += time.perf_counter() - start
-        stages.append(Stage(name, copy_graph(module), changes, seconds))
+        stages.append(Stage(name, copy_graph(module), changes, seconds, _MAKERS[name]))
         verify(module)
         return module
 

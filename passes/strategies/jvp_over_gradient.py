@@ -14,11 +14,13 @@ from passes import derivative
 from passes.graph import arguments, copy_graph, is_float, placeholders, value_of
 from passes.linearize import linearize
 from passes.nest import active_nodes, all_sites, body_of, sites
+from passes.origin import note_new, note_site
 from passes.simplify import simplify
 from passes.strategies.base import FORWARD, Refused, Strategy
 from passes.tangent_rules import NoRule
 from passes.tangent_tables import NOT_A_GRADIENT
 from passes.tracing import fake_mode_of, trace
+from passes.tracking import reverse_pass, run
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,9 @@ class JvpOverGradient(Strategy):
             zero=range(len(parts.inputs), len(parts.inputs) + len(extra)),
         )
         name = node.meta["site"].name
+        for part in (lin.primal, lin.tangent):
+            note_site(part, name, node)
+            note_new(part, "choose")
         module.register_module(f"primal_{name}", lin.primal)
         module.register_module(f"tangent_{name}", lin.tangent)
         with module.graph.inserting_before(node):
@@ -172,7 +177,7 @@ class JvpOverGradient(Strategy):
             with torch.enable_grad():
                 for i in [*range(n_points), *captured]:
                     inputs[i] = inputs[i].detach().requires_grad_()
-                results = body(*inputs[: n_points + n_captured])
+                results = run(body, inputs[: n_points + n_captured])
                 pairs = [*zip(results[: parts.n_outputs], seeds, strict=True)]
                 pairs += [
                     (results[i - n_points], e) for i, e in zip(extra, seeds_of_extra, strict=True)
@@ -193,9 +198,10 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Te
     outputs, seeds = zip(*pairs, strict=True)
     # Some formulas hold for a first derivative only (`cumprod` at a zero) or read a factorisation
     # that has no tangent (`det`, `solve`); `create_graph` asks for one to be differentiated again.
-    return torch.autograd.grad(
-        outputs, at, seeds, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    with reverse_pass("cotangent", outputs):
+        return torch.autograd.grad(
+            outputs, at, seeds, create_graph=True, allow_unused=True, materialize_grads=True
+        )
 
 
 def _refuse_where_no_gradient(body: GraphModule) -> None:

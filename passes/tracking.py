@@ -1,0 +1,149 @@
+"""Let a trace know where each node comes from, through reverse passes of any order.
+
+PyTorch's interpreter hands a node's metadata to what is recorded while the node runs. A reverse
+pass runs no nodes; but every operator of autograd's graph can carry a hook, which puts the metadata
+of the node that made the operator in force while it runs backwards, and hangs itself on what that
+makes in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.traceback import get_current_meta, has_preserved_node_meta, set_current_meta
+from torch.utils import _pytree as pytree
+
+from passes.origin import KEY, Mark
+
+_CARRIED = ("stack_trace", "nn_module_stack", "custom")
+_role: list[str] = ["gradient"]
+
+
+class Tracked(Interpreter):
+    """Run a graph; a trace of it knows of each node, and of its reverse passes, where it is
+    from.
+
+    Args:
+        module: The graph.
+        role: The role of all of it; else each node's own.
+        derivatives: Functions that the graph calls to run a reverse pass over what it has computed.
+    """
+
+    def __init__(
+        self, module: GraphModule, role: str = "", derivatives: Collection[Any] = ()
+    ) -> None:
+        super().__init__(module)
+        self.role, self.derivatives = role, derivatives
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if n.op not in ("placeholder", "get_attr", "output"):
+            _follow(pytree.tree_leaves(out), n.meta)
+        return out
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.role:
+            _put_in_force(dict(get_current_meta()), self.role)
+        if target not in self.derivatives:
+            return super().call_function(target, args, kwargs)
+        ends = pytree.tree_leaves(args[0] if args else kwargs["outputs"])
+        with reverse_pass("cotangent", ends):
+            return super().call_function(target, args, kwargs)
+
+
+def run(module: GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run a graph; a trace of it knows of each node where it is from."""
+    return Tracked(module).run(*inputs) if has_preserved_node_meta() else module(*inputs)
+
+
+def run_reverse(module: GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run a graph that somebody wrote as a reverse pass, as `run` does."""
+    if has_preserved_node_meta():
+        return Tracked(module, _role[-1]).run(*inputs)
+    return module(*inputs)
+
+
+@contextlib.contextmanager
+def reverse_pass(role: str, ends: Sequence[Any]) -> Iterator[None]:
+    """Note of what a trace records inside the ``with`` block that it is a reverse pass.
+
+    Args:
+        role: What it computes; the outermost pass decides.
+        ends: What is differentiated.
+    """
+    if not has_preserved_node_meta():
+        yield
+        return
+    before = dict(get_current_meta())
+    _role.append(role)
+    try:
+        for end in ends:
+            if isinstance(end, Tensor) and end.grad_fn is not None:
+                known: Any = end.grad_fn.metadata
+                _put_in_force(known.get(KEY, {}), role)
+                break
+        yield
+    finally:
+        _role.pop()
+        now = get_current_meta()
+        now.clear()
+        now.update(before)
+
+
+@contextlib.contextmanager
+def acting(node: Node, role: str) -> Iterator[None]:
+    """Note of what a trace records inside the ``with`` block that it comes from a node, in another
+    role."""
+    with set_current_meta(node):
+        if has_preserved_node_meta():
+            _put_in_force(node.meta, role)
+        yield
+
+
+def _put_in_force(meta: dict[str, Any], role: str) -> None:
+    now = get_current_meta()
+    for key in _CARRIED:
+        now.pop(key, None)
+        if key in meta:
+            now[key] = meta[key]
+    custom = meta.get("custom") or {}
+    mark: Mark = custom.get(KEY) or Mark()
+    now["custom"] = {**custom, KEY: replace(mark, role=role, stage="")}
+
+
+def _follow(values: Sequence[Any], meta: dict[str, Any]) -> None:
+    """Hang hooks on the operators of autograd's graph that lead to ``values`` and have none."""
+    stack: list[Any] = [
+        x.grad_fn for x in values if isinstance(x, Tensor) and x.grad_fn is not None
+    ]
+    while stack:
+        operator = stack.pop()
+        if operator is None or KEY in operator.metadata:
+            continue
+        operator.metadata[KEY] = meta
+        operator.register_prehook(_entering(meta))
+        operator.register_hook(_leaving(meta))
+        stack.extend(following for following, _ in operator.next_functions)
+
+
+def _entering(meta: dict[str, Any]) -> Callable[..., None]:
+    def enter(cotangents: Any) -> None:
+        if has_preserved_node_meta():
+            _put_in_force(meta, _role[-1])
+
+    return enter
+
+
+def _leaving(meta: dict[str, Any]) -> Callable[..., None]:
+    # What stays in force serves the sum of this gradient with others of the same tensor.
+    def leave(gradients: Any, cotangents: Any) -> None:
+        if has_preserved_node_meta() and torch.is_grad_enabled():
+            _follow(gradients, meta)
+
+    return leave

@@ -1,0 +1,64 @@
+"""The record of what a module's calls have built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from passes.price import evaluated, price, size_hints
+from rewriter.report_text import si
+from rewriter.tower import CompiledLevel
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """One graph of a tower.
+
+    Attributes:
+        order: 0 for the module's own value, 1 for a derivative of it, …
+        what: ``"value"``, ``"pullback"``, ``"pushforward"`` or ``"batch"``.
+        flops: Matmul and convolution FLOPs of the graph that has run; 0 if none has.
+        nodes: Its operators.
+    """
+
+    order: int
+    what: str
+    flops: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class TowerReport:
+    """What a module's calls have built so far.
+
+    Attributes:
+        name: The module's class.
+        levels: The levels of each specialisation, each before those made from it.
+        reasons: Why calls run as written.
+        layers: What became of the modules inside of one that runs as written.
+    """
+
+    name: str
+    levels: tuple[LevelReport, ...] = ()
+    reasons: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {sum(level.order == 0 for level in self.levels)} specialisation(s)"]
+        for level in self.levels:
+            work = f"{si(level.flops)}FLOP, {level.nodes} operators" if level.nodes else "not run"
+            lines.append(f"  {'  ' * level.order}level {level.order}, {level.what}: {work}")
+        lines += [f"  runs as written: {reason}" for reason in self.reasons]
+        lines += [f"    {line}" for line in self.layers]
+        return "\n".join(lines)
+
+
+def level_reports(base: CompiledLevel) -> list[LevelReport]:
+    """Return a level and all that were made from it."""
+    found = []
+    for order, what, compiled in base.walk():
+        flops = nodes = 0
+        for graph in compiled.graphs():
+            flops += evaluated(price(graph).flops, size_hints(graph))
+            nodes += sum(node.op == "call_function" for node in graph.graph.nodes)
+        found.append(LevelReport(order, what, flops, nodes))
+    return found
