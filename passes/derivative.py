@@ -139,7 +139,7 @@ class _Linearized(torch.autograd.Function):
             directions.append(
                 torch.zeros(shape, dtype=dtype, device=device) if given is None else given
             )
-        moved = run(ctx.tangent, [*ctx.residuals, *directions])
+        moved = run_reverse(ctx.tangent, [*ctx.residuals, *directions], keep_role=True)
         pulled = dict(zip(inputs, moved, strict=True))
         return (None, None, None, None, *(pulled.get(i) for i in range(ctx.n_inputs)))
 

@@ -132,7 +132,7 @@ def finish_joint(joint: GraphModule) -> None:
     flatten_output(joint.graph)
     drop_stops(joint)
     joint.meta["simplified"] = sum(simplify(joint).values())
-    note_new(joint, "joint")
+    note_new(joint, "joint", "joint.")
 
 
 def drop_stops(module: GraphModule) -> int:

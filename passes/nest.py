@@ -118,7 +118,7 @@ def nest(module: GraphModule) -> int:
     _dissolve_marks(module)
     sort_nodes(graph)
     drop_dead(graph)
-    note_new(module, "nest")
+    note_new(module, "nest", "nest.")
     finish(module)
     return made
 
@@ -278,6 +278,7 @@ def _item(graph: Graph, node: Node, index: int) -> Node:
     item.meta = {
         key: value for key, value in node.meta.items() if key not in ("val", "site", "draws")
     } | {"val": value_of(node)[index]}
+    note(item, source="")
     return item
 
 

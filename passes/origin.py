@@ -38,11 +38,14 @@ class Mark:
         role: One of `ROLES`.
         site: The nested derivative whose value or pullback the node belongs to.
         stage: The stage in which the computation came into being.
+        source: What the computation is called in every stage. Operators that one is taken apart
+            into share its name.
     """
 
     role: str = ""
     site: str = ""
     stage: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,25 @@ def note(node: Node, **known: str) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), KEY: mark}
 
 
-def note_new(module: GraphModule, stage: str) -> None:
-    """Note the stage, and the role where nothing says otherwise, of what a stage has made: every
-    node of which that is not known, also in the graphs that it calls."""
+def note_new(module: GraphModule, stage: str, prefix: str = "") -> None:
+    """Note what is not known of the nodes of a graph, and of the graphs that it calls: they are
+    new.
+
+    Args:
+        module: The graph.
+        stage: The stage that has made it.
+        prefix: What makes its nodes' names differ from those of other graphs.
+    """
     graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
     for node in [node for graph in graphs for node in graph.nodes]:
         mark = mark_of(node)
-        if node.op == "output" or (mark.stage and mark.role):
-            continue
-        role = mark.role or _ROLE_OF.get(node.target, "primal")
-        note(node, stage=mark.stage or stage, role=role)
+        if node.op != "output" and not (mark.role and mark.stage and mark.source):
+            note(
+                node,
+                role=mark.role or _ROLE_OF.get(node.target, "primal"),
+                stage=mark.stage or stage,
+                source=mark.source or f"{prefix}{node.name}",
+            )
 
 
 def note_site(module: GraphModule, site: str, like: Node) -> None:
@@ -108,7 +120,7 @@ def note_site(module: GraphModule, site: str, like: Node) -> None:
 
 
 _LOCAL = re.compile(r"^[LG]\['(\w+)'\]")
-_ITEM = re.compile(r"\.?(?:_modules|_parameters|_buffers)?\[['\"]?([^'\"\]]+)['\"]?\]")
+_ITEM = re.compile(r"(?<!\))\.?(?:_modules|_parameters|_buffers)?\[['\"]?([^'\"\]]+)['\"]?\]")
 
 
 def readable(source: str) -> str:

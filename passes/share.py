@@ -35,7 +35,7 @@ def share(module: GraphModule, active: set[Node]) -> int:
     total = 0
     while merged := _one_round(module.graph, active):
         total += merged
-    note_new(module, "share")
+    note_new(module, "share", "share.")
     finish(module)
     return total
 

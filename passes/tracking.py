@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree
 from passes.origin import KEY, Mark
 
 _CARRIED = ("stack_trace", "nn_module_stack", "custom")
-_role: list[str] = ["gradient"]
+_reverse = [Mark(role="gradient")]
 
 
 class Tracked(Interpreter):
@@ -31,15 +30,15 @@ class Tracked(Interpreter):
 
     Args:
         module: The graph.
-        role: The role of all of it; else each node's own.
+        like: The role and the site of all of it; where empty, each node's own.
         derivatives: Functions that the graph calls to run a reverse pass over what it has computed.
     """
 
     def __init__(
-        self, module: GraphModule, role: str = "", derivatives: Collection[Any] = ()
+        self, module: GraphModule, like: Mark | None = None, derivatives: Collection[Any] = ()
     ) -> None:
         super().__init__(module)
-        self.role, self.derivatives = role, derivatives
+        self.like, self.derivatives = like or Mark(), derivatives
 
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)
@@ -48,8 +47,8 @@ class Tracked(Interpreter):
         return out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.role:
-            _put_in_force(dict(get_current_meta()), self.role)
+        if self.like.role or self.like.site:
+            _put_in_force(dict(get_current_meta()), self.like.role)
         if target not in self.derivatives:
             return super().call_function(target, args, kwargs)
         ends = pytree.tree_leaves(args[0] if args else kwargs["outputs"])
@@ -62,26 +61,35 @@ def run(module: GraphModule, inputs: Sequence[Any]) -> Any:
     return Tracked(module).run(*inputs) if has_preserved_node_meta() else module(*inputs)
 
 
-def run_reverse(module: GraphModule, inputs: Sequence[Any]) -> Any:
-    """Run a graph that somebody wrote as a reverse pass, as `run` does."""
-    if has_preserved_node_meta():
-        return Tracked(module, _role[-1]).run(*inputs)
-    return module(*inputs)
+def run_reverse(module: GraphModule, inputs: Sequence[Any], *, keep_role: bool = False) -> Any:
+    """Run a graph that stands for a part of the reverse pass which is running, as `run` does.
+
+    Args:
+        module: The graph.
+        inputs: What it takes.
+        keep_role: Whether its nodes keep their own roles.
+    """
+    if not has_preserved_node_meta():
+        return module(*inputs)
+    now = _reverse[-1]
+    return Tracked(module, Mark(role="" if keep_role else now.role, site=now.site)).run(*inputs)
 
 
 @contextlib.contextmanager
-def reverse_pass(role: str, ends: Sequence[Any]) -> Iterator[None]:
+def reverse_pass(role: str, ends: Sequence[Any], site: str = "") -> Iterator[None]:
     """Note of what a trace records inside the ``with`` block that it is a reverse pass.
 
     Args:
         role: What it computes; the outermost pass decides.
         ends: What is differentiated.
+        site: The site that it computes; that of the node which is running, if none is given.
     """
     if not has_preserved_node_meta():
         yield
         return
     before = dict(get_current_meta())
-    _role.append(role)
+    running: Mark = (before.get("custom") or {}).get(KEY) or Mark()
+    _reverse.append(Mark(role=role, site=site or running.site))
     try:
         for end in ends:
             if isinstance(end, Tensor) and end.grad_fn is not None:
@@ -90,7 +98,7 @@ def reverse_pass(role: str, ends: Sequence[Any]) -> Iterator[None]:
                 break
         yield
     finally:
-        _role.pop()
+        _reverse.pop()
         now = get_current_meta()
         now.clear()
         now.update(before)
@@ -114,7 +122,8 @@ def _put_in_force(meta: dict[str, Any], role: str) -> None:
             now[key] = meta[key]
     custom = meta.get("custom") or {}
     mark: Mark = custom.get(KEY) or Mark()
-    now["custom"] = {**custom, KEY: replace(mark, role=role, stage="")}
+    mark = Mark(role=role or mark.role, site=_reverse[-1].site or mark.site)
+    now["custom"] = {**custom, KEY: mark}
 
 
 def _follow(values: Sequence[Any], meta: dict[str, Any]) -> None:
@@ -135,7 +144,7 @@ def _follow(values: Sequence[Any], meta: dict[str, Any]) -> None:
 def _entering(meta: dict[str, Any]) -> Callable[..., None]:
     def enter(cotangents: Any) -> None:
         if has_preserved_node_meta():
-            _put_in_force(meta, _role[-1])
+            _put_in_force(meta, _reverse[-1].role)
 
     return enter
 
@@ -144,6 +153,6 @@ def _leaving(meta: dict[str, Any]) -> Callable[..., None]:
     # What stays in force serves the sum of this gradient with others of the same tensor.
     def leave(gradients: Any, cotangents: Any) -> None:
         if has_preserved_node_meta() and torch.is_grad_enabled():
-            _follow(gradients, meta)
+            _follow(gradients, {**meta, "custom": get_current_meta().get("custom")})
 
     return leave

@@ -10,15 +10,18 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.layer import Layers, optimize_class, optimize_module
+from rewriter.log import log_built, wanted
 from rewriter.naming import modules_in, named_tensors
 from rewriter.options import Options, make_options
 from rewriter.recorder import Recorder
 from rewriter.report import Report, make_report
-from rewriter.rewrite import rewrite
+from rewriter.rewrite import Rewritten, rewrite
 from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.step import Explained, Step, explaining
@@ -42,8 +45,14 @@ class OptimizedLoss(Specialising):
                 function, self._built, check=options.check, dynamic=options.dynamic
             )
 
-    def _build(self, captured: torch.fx.GraphModule) -> Step:
-        step = Step(rewrite(captured, self.options), self.options)
+    def _build(self, captured: GraphModule) -> Step:
+        is_told = bool(wanted())
+        rewritten = rewrite(captured, self.options, self.name)
+        if is_told or is_asked_for():
+            report = self._report(rewritten)
+            log_built(report)
+            dump_built(rewritten, report)
+        step = Step(rewritten, self.options)
         return step if explaining.get() else step.prepare()
 
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
@@ -77,24 +86,72 @@ class OptimizedLoss(Specialising):
 
         The loss is captured and rewritten; nothing is compiled or run, and no state is touched.
         """
+        try:
+            found = self._explained(args, kwargs)
+        except CaptureError as refusal:
+            return self._not_captured(refusal)
+        return self._report(found.rewritten)
+
+    def _report(self, rewritten: Rewritten) -> Report:
+        known = [step.rewritten for step in self.steps]
+        return make_report(
+            rewritten,
+            specialisations=known if rewritten in known else [*known, rewritten],
+            breaks=[refusal.said for refusal in self.refusals],
+        )
+
+    def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:
+        """Return the graph after each pass by name, to be run.
+
+        Each takes what `inputs_of` returns and returns the loss's outputs and the new values of the
+        state that it updates; ``joint`` returns the gradients too, those of inputs that require
+        grad in the order of the inputs. Where the loss is not one scalar, ``joint`` takes the
+        cotangents of its differentiable outputs after its inputs.
+
+        Raises:
+            CaptureError: The loss cannot be captured.
+
+        >>> import torch
+        >>> @optimize_nested(backend="eager")
+        ... def penalty(net, x):
+        ...     (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        ...     return g.square().sum()
+        >>> net, x = torch.nn.Linear(2, 1), torch.ones(3, 2, requires_grad=True)
+        >>> joint = penalty.stages(net, x)["joint"]
+        >>> value, *gradients = joint(*penalty.inputs_of(net, x))
+        >>> bool(value == penalty(net, x))
+        True
+        """
+        found = self._explained(args, kwargs)
+        return {stage.name: stage.runnable for stage in found.rewritten.stages}
+
+    def inputs_of(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return what the graphs of `stages` take for a call: parameters, buffers and tensors of
+        the caller's, in the order of ``explain(...).inputs``.
+
+        Raises:
+            CaptureError: The loss cannot be captured.
+        """
+        return list(self._explained(args, kwargs).inputs)
+
+    def _explained(self, args: Any, kwargs: Any) -> Explained:
+        """Return what would be run for these arguments; nothing is.
+
+        Raises:
+            CaptureError: The loss cannot be captured.
+        """
         token = explaining.set(True)
         try:
             with gradients_on():
                 self._captured_call(args, kwargs)
         except Explained as found:
-            return make_report(
-                found.rewritten,
-                function=self.name,
-                specialisations=[step.rewritten for step in self.steps],
-                breaks=[str(refusal) for refusal in self.refusals],
-            )
-        except CaptureError as refusal:
-            return self._not_captured(str(refusal))
+            return found.with_traceback(None)
         finally:
             explaining.reset(token)
-        return self._not_captured("the loss computes no tensors")
+        raise CaptureError("the loss computes no tensors")
 
-    def _not_captured(self, reason: str) -> Report:
+    def _not_captured(self, refusal: CaptureError) -> Report:
+        reason = refusal.said
         code = getattr(inspect.unwrap(self.as_written), "__code__", None)
         place = [(code.co_filename, code.co_firstlineno)] if code is not None else []
         return Report(
@@ -103,7 +160,7 @@ class OptimizedLoss(Specialising):
             layers=self.layers.reports(),
             function=self.name,
             sources=sources_of(place),
-            breaks=tuple(dict.fromkeys([*map(str, self.refusals), reason])),
+            breaks=tuple(dict.fromkeys([*(known.said for known in self.refusals), reason])),
         )
 
     def __copy__(self) -> OptimizedLoss:
@@ -146,6 +203,14 @@ class _BoundLoss:
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """See `OptimizedLoss.explain`."""
         return self._loss.explain(self.__self__, *args, **kwargs)
+
+    def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:
+        """See `OptimizedLoss.stages`."""
+        return self._loss.stages(self.__self__, *args, **kwargs)
+
+    def inputs_of(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """See `OptimizedLoss.inputs_of`."""
+        return self._loss.inputs_of(self.__self__, *args, **kwargs)
 
 
 def _scalar_of(value: Any, name: str) -> Tensor:

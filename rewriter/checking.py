@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
-from passes.graph import copy_graph, placeholders
-from passes.markers import MARKS
-from passes.nest import nest
+from passes.graph import placeholders
 from passes.tracing import without_fused_kernels
 from rewriter.as_written import gradients_of, run_as_written
 from rewriter.capture import source_name
-from rewriter.dump import dump
+from rewriter.dump import dump_failed
 from rewriter.errors import CheckFailed
 from rewriter.rewrite import Rewritten
 
@@ -65,7 +63,7 @@ def check_step(
         torch.set_rng_state(generator)
     raise CheckFailed(
         f"check=True: {worst}. The first stage that departs is {stage!r}; all stages are in "
-        f"{dump(rewritten, inputs)}. Please report this; enabled=False avoids it."
+        f"{dump_failed(rewritten, inputs)}. Please report this; enabled=False avoids it."
     )
 
 
@@ -173,10 +171,7 @@ def _stage_run(rewritten: Rewritten, number: int, inputs: Sequence[Any], like: _
         out = list(Interpreter(stage.module).run(*own, *cotangents))
         early = roles.n_outputs + len(roles.updated)
         return _Run(out[: roles.n_outputs], out[early:], out[roles.n_outputs : early])
-    module = copy_graph(stage.module)
-    if any(node.target in MARKS for node in module.graph.nodes):
-        nest(module)
-    out = list(Interpreter(module).run(*own))
+    out = list(Interpreter(stage.runnable).run(*own))
     values = out[: roles.n_outputs]
     ends = [values[i] for i in roles.differentiable]
     grads = gradients_of(ends, [own[i] for i in roles.wanted])

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
-from passes.graph import copy_graph, placeholders, results, value_of
+from passes.graph import copy_graph, placeholders, results, value_of, where
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, sites
 from passes.origin import mark_of, note
@@ -232,9 +232,14 @@ def _as_written(
     like = [value_of(results(module.graph)[i]) for i in roles.differentiable]
     # PyTorch's own higher derivatives of norm layers are wrong; their formulas' are not.
     captured = copy_graph(captured)
+    left = list(found)
     for node in captured.graph.nodes:
         node.target = WRITTEN_OUT.get(node.target, node.target)
         note(node, role="primal", stage="flatten")
+        here = [site for site in left if site.where == where(node)]
+        if node.target in DERIVATIVES and here:
+            note(node, site=here[0].name)
+            left.remove(here[0])
         if node.target in KINDS:
             node.target, node.args = layer_by_layer, (KINDS[node.target], *node.args)
     captured.recompile()

@@ -1,9 +1,11 @@
-"""Write what became of a loss to a folder, for a bug report."""
+"""Write what became of a loss to a folder: for a bug report, or because ``OPTIMIZE_NESTED_DUMP``
+asks for it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,33 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.graph import print_graph
-from rewriter.report import make_report
+from rewriter.report import Report, make_report
 from rewriter.rewrite import Rewritten
 
+VARIABLE = "OPTIMIZE_NESTED_DUMP"
 MAX_INPUT_BYTES = 256 * 2**20
 
 
-def dump(rewritten: Rewritten, inputs: Sequence[Any]) -> Path:
+def dump_failed(rewritten: Rewritten, inputs: Sequence[Any]) -> Path:
     """Write every stage, the report, the versions and the inputs to a new folder; return it.
 
     The folder is made in ``OPTIMIZE_NESTED_DUMP``, or where the system keeps temporary files.
     """
-    parent = os.environ.get("OPTIMIZE_NESTED_DUMP")
-    if parent:
-        os.makedirs(parent, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="optimize_nested_", dir=parent or None))
-    captured = rewritten.captured.print_readable(print_output=False)
-    (folder / "00_captured.py").write_text(captured)
-    for number, stage in enumerate(rewritten.stages, start=1):
-        text = print_graph(stage.module)
-        code = stage.module.print_readable(print_output=False)
-        (folder / f"{number:02}_{stage.name}.txt").write_text(text + "\n")
-        (folder / f"{number:02}_{stage.name}.py").write_text(code)
-    versions = f"torch {torch.__version__}\npython {platform.python_version()}\n"
-    (folder / "report.txt").write_text(f"{make_report(rewritten)}\n{versions}")
+    folder = _dump(rewritten, make_report(rewritten), "check_failed")
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if sum(x.numel() * x.element_size() for x in tensors) <= MAX_INPUT_BYTES:
         kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
         torch.save(kept, folder / "inputs.pt")
+    return folder
+
+
+def dump_built(rewritten: Rewritten, report: Report) -> Path | None:
+    """Write every stage, the report and the versions to a new folder in ``OPTIMIZE_NESTED_DUMP``;
+    return it, or None if that is not set."""
+    return _dump(rewritten, report, "built") if is_asked_for() else None
+
+
+def is_asked_for() -> bool:
+    """Whether ``OPTIMIZE_NESTED_DUMP`` is set."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def _dump(rewritten: Rewritten, report: Report, why: str) -> Path:
+    parent = os.environ.get(VARIABLE) or None
+    if parent:
+        os.makedirs(parent, exist_ok=True)
+    name = re.sub(r"\W+", "_", report.function) or "loss"
+    folder = Path(tempfile.mkdtemp(prefix=f"optimize_nested_{name}_{why}_", dir=parent))
+    captured = rewritten.captured.print_readable(print_output=False)
+    (folder / "00_captured.py").write_text(captured, encoding="utf-8")
+    for number, stage in enumerate(rewritten.stages, start=1):
+        code = stage.module.print_readable(print_output=False)
+        start = folder / f"{number:02}_{stage.name}"
+        start.with_suffix(".txt").write_text(f"{stage.text}\n", encoding="utf-8")
+        start.with_suffix(".py").write_text(code, encoding="utf-8")
+    versions = f"torch {torch.__version__}\npython {platform.python_version()}\n"
+    (folder / "report.txt").write_text(f"{report}\n{versions}", encoding="utf-8")
+    report.to_json(folder / "report.json")
     return folder

@@ -19,6 +19,11 @@ class CaptureError(OptimizeNestedError):
         super().__init__(f"{reason} (at {where})" if where != "?" else reason)
         self.reason, self.where = reason, where
 
+    @property
+    def said(self) -> str:
+        """What it was raised with; PyTorch adds to an error's text on its way."""
+        return f"{self.reason} (at {self.where})" if self.where != "?" else self.reason
+
 
 class NeedsNumber(CaptureError):
     """A float argument that changes is used where only a Python number will do; capture anew for

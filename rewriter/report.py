@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from rich.console import Console
 from rich.text import Text
 from torch.fx import GraphModule
 
@@ -20,7 +21,9 @@ from passes.nest import Site
 from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
 from rewriter.choose import AS_WRITTEN, REVERSE, Candidate
+from rewriter.diff import StageDiff, diff_stages
 from rewriter.files import write_whole
+from rewriter.report_html import table_of
 from rewriter.report_nodes import nodes_of
 from rewriter.report_text import text_of
 from rewriter.rewrite import Rewritten, Stage
@@ -135,20 +138,25 @@ class Report:
         names = ", ".join(stage.name for stage in self.stages) or "none: the loss was not captured"
         raise KeyError(f"no stage {name!r}; the stages are {names}")
 
+    def diff(self, first: str, second: str) -> StageDiff:
+        """Return what changed between two stages, by name; it prints.
+
+        Raises:
+            KeyError: There is no such stage.
+        """
+        return diff_stages(*(self._stage_record(self.stage(name)) for name in (first, second)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the whole report as plain data: numbers, strings, lists and dicts.
 
         See ``docs`` for the schema; ``format`` changes when it does.
         """
+        return {**self.summary(), "stages": [self._stage_record(s) for s in self.stages]}
+
+    def _stage_record(self, stage: Stage) -> dict[str, Any]:
         hints = size_hints(self.graph) if self.graph is not None else {}
-        by_line: dict[str, str] = {}
-        for site in self.sites:
-            by_line.setdefault(site.where, site.name)
-        stages = [
-            {**_stage_summary(stage), "nodes": nodes_of(stage.module, hints, by_line)}
-            for stage in self.stages
-        ]
-        return {**self.summary(), "stages": stages}
+        by_line = {site.where: site.name for site in reversed(self.sites)}
+        return {**_stage_summary(stage), "nodes": nodes_of(stage.module, hints, by_line)}
 
     def summary(self) -> dict[str, Any]:
         """Return what `to_dict` does, without the nodes of the stages."""
@@ -214,6 +222,16 @@ class Report:
     def __rich__(self) -> Text:
         return text_of(self.summary())
 
+    def _repr_html_(self) -> str:
+        return table_of(self.summary())
+
+    def print(self) -> None:
+        """Print the report: in colours on a terminal, as plain text where the output is piped.
+
+        ``print(report)`` and ``str(report)`` are always plain.
+        """
+        Console().print(self, soft_wrap=True)
+
 
 def _operators(graph: GraphModule | None) -> int:
     nodes = graph.graph.nodes if graph is not None else ()
@@ -254,7 +272,6 @@ def _site_record(site: SiteReport) -> dict[str, Any]:
 def make_report(
     rewritten: Rewritten,
     *,
-    function: str = "",
     specialisations: Sequence[Rewritten] = (),
     breaks: Sequence[str] = (),
 ) -> Report:
@@ -262,7 +279,6 @@ def make_report(
 
     Args:
         rewritten: The specialisation to report.
-        function: The loss's name.
         specialisations: All there are so far.
         breaks: Why calls of the loss were not captured.
     """
@@ -282,7 +298,7 @@ def make_report(
         matmuls=count_matmuls(rewritten.joint),
         matmuls_as_written=rewritten.as_written.matmuls,
         graph=rewritten.joint,
-        function=function,
+        function=rewritten.function,
         inputs=_inputs(rewritten),
         sources=_sources(rewritten),
         breaks=tuple(breaks),

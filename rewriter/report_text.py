@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from rich.text import Text
 
 WIDTH = 100
+LISTED = 4
+
+Line = list[tuple[str, str]]
+"""Pieces of text, each with a style of rich."""
 
 
 def si(number: float) -> str:
@@ -24,23 +29,32 @@ def text_of(record: dict[str, Any]) -> Text:
     Args:
         record: What `Report.summary` returns.
     """
-    lines = _captured(record) if record["captured"] else _not_captured(record)
-    for name in ("breaks", "recompiles"):
-        found = record[name]
-        if not found or (name == "recompiles" and len(found) == 1):
-            continue
-        lines.append([(_TITLES[name], "bold")])
-        lines += [[(f"  {number}  {line}", "")] for number, line in enumerate(found[:4], start=1)]
-        if len(found) > 4:
-            lines.append([(f"  … and {len(found) - 4} more", "dim")])
-    screen = Text("\n").join(Text.assemble(*line) for line in lines)
-    screen.no_wrap, screen.overflow = True, "ellipsis"
-    return Text("\n").join(_cut(line) for line in screen.split("\n"))
+    if record["captured"]:
+        lines = [*_head(record), *_sites(record), *_choices(record), *_stages(record)]
+        lines += [*_totals(record["totals"]), *_list("specialisations", record["recompiles"])]
+    else:
+        lines = _not_captured(record)
+    breaks = [reason for reason in record["breaks"] if reason != record["reason"]]
+    return _text([*lines, *_list("calls that run as written", breaks)])
 
 
-_TITLES = {"breaks": "calls that run as written", "recompiles": "specialisations"}
+def sites_text(record: dict[str, Any]) -> str:
+    """Return what became of each site, as text."""
+    return _text(_sites(record)).plain
 
-Line = list[tuple[str, str]]
+
+def choices_text(record: dict[str, Any]) -> str:
+    """Return what was priced, as text."""
+    return _text([*_choices(record), *_totals(record["totals"])]).plain
+
+
+def stages_text(record: dict[str, Any]) -> str:
+    """Return what each pass has done, as text."""
+    return _text(_stages(record)).plain
+
+
+def _text(lines: list[Line]) -> Text:
+    return Text("\n").join(_cut(Text.assemble(*line)) for line in lines)
 
 
 def _cut(line: Text) -> Text:
@@ -51,86 +65,107 @@ def _cut(line: Text) -> Text:
 
 def _not_captured(record: dict[str, Any]) -> list[Line]:
     how = "captured by layer" if record["layers"] else "runs as written"
-    head: Line = [(f"{record['function'] or 'the loss'} ", "bold"), (f"{how}: ", "yellow")]
-    return [[*head, (record["reason"], "")], *([(f"  {line}", "")] for line in record["layers"])]
+    name = record["function"]
+    head: Line = [(f"{name}: " if name else "", "bold"), (f"{how}: ", "yellow")]
+    layers: list[Line] = [[(f"  {line}", "")] for line in record["layers"]]
+    return [*_wrapped(head, record["reason"]), *layers]
 
 
-def _captured(record: dict[str, Any]) -> list[Line]:
-    totals, sites = record["totals"], record["sites"]
-    inputs = ", ".join(f"{i['name']} {i['tensor']}" for i in record["inputs"])
-    lines: list[Line] = [
-        [
-            (record["function"] or "the loss", "bold"),
-            (f": {len(sites)} nested derivative{'' if len(sites) == 1 else 's'}", ""),
-        ],
-        [("  inputs ", "dim"), (_shortened(inputs, WIDTH - 9), "")],
+def _wrapped(head: Line, text: str) -> list[Line]:
+    """Return text of any length after the head of its first line."""
+    start = " " * sum(len(piece) for piece, _ in head)
+    first, *rest = textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 8)
+    return [[*head, (first.removeprefix(start), "")], *([(line, "")] for line in rest)]
+
+
+def _head(record: dict[str, Any]) -> list[Line]:
+    number = len(record["sites"])
+    inputs = ", ".join(f"{item['name']} {item['tensor']}" for item in record["inputs"])
+    plural = "" if number == 1 else "s"
+    return [
+        [(record["function"] or "the loss", "bold"), (f": {number} nested derivative{plural}", "")],
+        [("    of ", "dim"), (inputs, "")],
     ]
-    for site in sites:
-        lines += _site(site)
-    if record["candidates"]:
-        lines.append([("candidates", "bold")])
-    for candidate in record["candidates"]:
-        price = f"{si(candidate['flops']):>7}FLOP  {si(candidate['bytes_moved']):>7}B moved  "
-        names = ", ".join(sorted(set(candidate["strategies"].values()))) or "no site"
-        lines.append(
-            [
-                ("  * " if candidate["taken"] else "    ", "green"),
-                (f"{names:22}", "green" if candidate["taken"] else ""),
-                (f"{price}{candidate['nodes']} operators", ""),
-            ]
-        )
-    lines.append([("stages", "bold")])
-    for stage in record["stages"]:
-        lines.append(
-            [
-                (f"    {stage['name']:9}", ""),
-                (f"{stage['operators']:6} operators {stage['changes']:6} changes ", ""),
-                (f"{stage['seconds']:8.2f} s", ""),
-                (f"  {stage['maker']}", "dim"),
-            ]
-        )
-    return [*lines, *_totals(totals)]
+
+
+def _sites(record: dict[str, Any]) -> list[Line]:
+    return [line for site in record["sites"] for line in _site(site)]
 
 
 def _site(site: dict[str, Any]) -> list[Line]:
     colour = "green" if site["status"] == "rewritten" else "yellow"
-    price = [(f"    {si(site['flops'])}FLOP = {site['flops_formula']}", "")]
     where = f"{site['path']}:{site['line']}" if site["path"] else "?"
     refused = [c for c in site["candidates"] if not c["accepted"]]
-    return [
+    lines: list[Line] = [
         [
             (site["name"], "bold"),
             (f": {site['operator']}, order {site['order']}, ", ""),
             (site["status"], colour),
-            (f" ({site['strategy']})", ""),
+            (f" ({site['strategy']}){'' if refused else ': ' + site['reason']}", ""),
         ],
         [("    at ", "dim"), (where, "cyan"), (f": {site['code']}", "")],
-        *([price] if site["flops"] else []),
-        *(
-            [[(f"    {c['strategy']} refused: ", "yellow"), (c["reason"], "")] for c in refused]
-            or [[(f"    {site['reason']}", "")]]
-        ),
     ]
+    if site["flops"]:
+        lines.append([("    costs ", "dim"), (_priced(site["flops"], site["flops_formula"]), "")])
+    for c in refused:
+        lines += _wrapped([(f"    {c['strategy']} refused: ", "yellow")], c["reason"])
+    return lines
+
+
+def _choices(record: dict[str, Any]) -> list[Line]:
+    lines: list[Line] = [[("candidates", "bold")]] if record["candidates"] else []
+    for candidate in record["candidates"]:
+        names = ", ".join(sorted(set(candidate["strategies"].values()))) or "no site"
+        price = f"{si(candidate['flops']):>7}FLOP  {si(candidate['bytes_moved']):>7}B moved  "
+        colour = "green" if candidate["taken"] else ""
+        lines.append(
+            [
+                ("  * " if candidate["taken"] else "    ", colour),
+                (f"{names:22}", colour),
+                (f"{price}{candidate['nodes']} operators", ""),
+            ]
+        )
+    return lines
+
+
+def _stages(record: dict[str, Any]) -> list[Line]:
+    lines: list[Line] = [[("stages", "bold")]]
+    for stage in record["stages"]:
+        done = f"{stage['operators']:6} operators {stage['changes']:6} changes "
+        lines.append(
+            [
+                (f"    {stage['name']:9}{done}{stage['seconds']:8.2f} s", ""),
+                (f"  {stage['maker']}", "dim"),
+            ]
+        )
+    return lines
 
 
 def _totals(totals: dict[str, Any]) -> list[Line]:
     written = totals["flops_as_written"]
     ratio = totals["flops"] / written if written else 1.0
+    now = _priced(totals["flops"], totals["flops_formula"])
+    before = _priced(written, totals["flops_as_written_formula"])
+    matmuls = f"{totals['matmuls']} matmuls, as written {totals['matmuls_as_written']}"
+    moved = f"{si(totals['bytes_moved'])}B moved, {si(totals['bytes_kept'])}B kept at most"
     return [
-        [
-            ("step: ", "bold"),
-            (f"{si(totals['flops'])}FLOP", "bold green" if ratio < 1 else "bold"),
-            (f", as written {si(written)}FLOP (x{ratio:.2f}); ", ""),
-            (f"{totals['matmuls']} matmuls, as written {totals['matmuls_as_written']}", ""),
-        ],
-        [
-            (f"    {si(totals['bytes_moved'])}B moved, {si(totals['bytes_kept'])}B kept, ", ""),
-            (f"{totals['nodes']} operators", ""),
-        ],
-        [(f"    {totals['flops_formula']} FLOP", "dim")],
-        [(f"    {totals['flops_as_written_formula']} FLOP as written", "dim")],
+        [("step", "bold"), (f"  {now}", "bold green" if ratio < 1 else "bold")],
+        [(f"    x{ratio:.2f} of what is written: {before}", "")],
+        [(f"    {matmuls}; {moved}; {totals['nodes']} operators", "")],
     ]
 
 
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _priced(flops: int, formula: str) -> str:
+    """Print a price; with its formula, if it has sizes in it."""
+    number = f"{si(flops)}FLOP"
+    return number if formula.isdigit() or not formula else f"{number} = {formula}"
+
+
+def _list(title: str, found: list[str]) -> list[Line]:
+    if not found:
+        return []
+    lines: list[Line] = [[(f"{title}: {len(found)}", "bold")]]
+    lines += [[(f"  {number}  {line}", "")] for number, line in enumerate(found[:LISTED], start=1)]
+    if len(found) > LISTED:
+        lines.append([(f"  … and {len(found) - LISTED} more", "dim")])
+    return lines

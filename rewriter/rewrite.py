@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import copy_graph, is_float, placeholders, print_graph, results
 from passes.joint import Roles, trace_value
+from passes.markers import MARKS
 from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
 from passes.share import share
 from passes.verify import verify
@@ -38,7 +39,7 @@ class Stage:
 
     Attributes:
         name: The pass.
-        module: The graph; it can be run.
+        module: The graph; see `runnable`.
         changes: How many changes the pass made.
         seconds: How long it took.
         maker: The Python module of the pass.
@@ -54,6 +55,14 @@ class Stage:
     def text(self) -> str:
         """The printed graph."""
         return print_graph(self.module)
+
+    @property
+    def runnable(self) -> GraphModule:
+        """A copy that can be run: derivatives that are still marks are one node each."""
+        module = copy_graph(self.module)
+        if any(node.target in MARKS for node in module.graph.nodes):
+            nest(module)
+        return module
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Rewritten:
         choice: The form taken, with every candidate's price and every refusal's reason.
         stages: The graph after each pass.
         detached: Warnings about inner derivatives that the outer gradient does not see.
+        function: The loss's name.
     """
 
     captured: GraphModule
@@ -84,6 +94,7 @@ class Rewritten:
     choice: Choice
     stages: tuple[Stage, ...]
     detached: tuple[str, ...]
+    function: str
 
     @property
     def joint(self) -> GraphModule:
@@ -100,8 +111,13 @@ class Rewritten:
         return trace_value(self.derivative)
 
 
-def rewrite(captured: GraphModule, options: Options) -> Rewritten:
+def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewritten:
     """Run the pipeline on a captured graph.
+
+    Args:
+        captured: What Dynamo captured.
+        options: The user's wishes.
+        function: The loss's name, for reports.
 
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
@@ -135,7 +151,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
     except RuntimeError:
         if not write_out(captured):
             raise
-        return rewrite(captured, options)
+        return rewrite(captured, options, function)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
     detached = detached_derivatives(module, requiring, as_written.differentiable)
@@ -171,6 +187,7 @@ def rewrite(captured: GraphModule, options: Options) -> Rewritten:
         choice=choice,
         stages=tuple(stages),
         detached=tuple(detached),
+        function=function,
     )
 
 

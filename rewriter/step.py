@@ -35,11 +35,12 @@ class Explained(BaseException):
 
     Attributes:
         rewritten: What it is made of.
+        inputs: What the graph would get.
     """
 
-    def __init__(self, rewritten: Rewritten) -> None:
+    def __init__(self, rewritten: Rewritten, inputs: Sequence[Any]) -> None:
         super().__init__()
-        self.rewritten = rewritten
+        self.rewritten, self.inputs = rewritten, inputs
 
 
 class Step:
@@ -80,7 +81,7 @@ class Step:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if explaining.get():
-            raise Explained(self.rewritten)
+            raise Explained(self.rewritten, inputs)
         while self._warnings:
             warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
         for position in self.rewritten.flat.promoted:

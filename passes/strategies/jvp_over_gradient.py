@@ -144,7 +144,7 @@ class JvpOverGradient(Strategy):
         name = node.meta["site"].name
         for part in (lin.primal, lin.tangent):
             note_site(part, name, node)
-            note_new(part, "choose")
+            note_new(part, "choose", f"{name}.")
         module.register_module(f"primal_{name}", lin.primal)
         module.register_module(f"tangent_{name}", lin.tangent)
         with module.graph.inserting_before(node):
@@ -184,7 +184,7 @@ class JvpOverGradient(Strategy):
                 ]
                 pairs = [(u, c) for u, c in pairs if u.requires_grad]
                 at = [inputs[i] for i in [*range(n_points), *captured]]
-                grads = _gradients(pairs, at)
+                grads = _gradients(pairs, at, node.meta["site"].name)
             return (*grads[:n_points], *results, *grads[n_points:])
 
         graph = trace(gradient, [*examples, *zeros], mode)
@@ -192,13 +192,15 @@ class JvpOverGradient(Strategy):
         return graph
 
 
-def _gradients(pairs: list[tuple[Tensor, Tensor]], at: list[Tensor]) -> tuple[Tensor, ...]:
+def _gradients(
+    pairs: list[tuple[Tensor, Tensor]], at: list[Tensor], site: str
+) -> tuple[Tensor, ...]:
     if not pairs:
         return tuple(torch.zeros_like(x) for x in at)
     outputs, seeds = zip(*pairs, strict=True)
     # Some formulas hold for a first derivative only (`cumprod` at a zero) or read a factorisation
     # that has no tangent (`det`, `solve`); `create_graph` asks for one to be differentiated again.
-    with reverse_pass("cotangent", outputs):
+    with reverse_pass("cotangent", outputs, site):
         return torch.autograd.grad(
             outputs, at, seeds, create_graph=True, allow_unused=True, materialize_grads=True
         )
