@@ -22,6 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from passes.decompositions import before_autograd, decompositions
 from passes.graph import value_of
 
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     """Return the mode the fake tensors among ``values`` belong to; a new one if there are none."""
@@ -205,6 +207,14 @@ class AnySize:
     def admits(self, size: int) -> bool:
         """Whether everything that the traces so far have taken for granted holds for a size."""
         return self._sizes.admits([size])
+
+
+def wrapped_by(x: Any) -> Iterator[Any]:
+    """Yield a tensor, and what the transforms that are open around it have wrapped."""
+    yield x
+    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+        yield x
 
 
 def over_batch(

@@ -19,6 +19,7 @@ from torch.fx.traceback import get_current_meta, has_preserved_node_meta, set_cu
 from torch.utils import _pytree as pytree
 
 from passes.origin import KEY, Mark
+from passes.tracing import wrapped_by
 
 _CARRIED = ("stack_trace", "nn_module_stack", "custom")
 _reverse = [Mark(role="gradient")]
@@ -128,9 +129,8 @@ def _put_in_force(meta: dict[str, Any], role: str) -> None:
 
 def _follow(values: Sequence[Any], meta: dict[str, Any]) -> None:
     """Hang hooks on the operators of autograd's graph that lead to ``values`` and have none."""
-    stack: list[Any] = [
-        x.grad_fn for x in values if isinstance(x, Tensor) and x.grad_fn is not None
-    ]
+    tensors = [inner for x in values if isinstance(x, Tensor) for inner in wrapped_by(x)]
+    stack: list[Any] = [x.grad_fn for x in tensors]
     while stack:
         operator = stack.pop()
         if operator is None or KEY in operator.metadata:

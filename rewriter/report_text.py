@@ -101,12 +101,14 @@ def _site(site: dict[str, Any]) -> list[Line]:
             (site["name"], "bold"),
             (f": {site['operator']}, order {site['order']}, ", ""),
             (site["status"], colour),
-            (f" ({site['strategy']}){'' if refused else ': ' + site['reason']}", ""),
+            (f" ({site['strategy']})", ""),
         ],
         [("    at ", "dim"), (where, "cyan"), (f": {site['code']}", "")],
     ]
     if site["flops"]:
         lines.append([("    costs ", "dim"), (_priced(site["flops"], site["flops_formula"]), "")])
+    if not refused:
+        lines.append([("    why ", "dim"), (site["reason"], "")])
     for c in refused:
         lines += _wrapped([(f"    {c['strategy']} refused: ", "yellow")], c["reason"])
     return lines
