@@ -17,7 +17,7 @@ from passes.origin import mark_of, note
 from passes.simplify import simplify
 from passes.tangent_rules import NoRule, tangent_of
 from passes.tracing import example_inputs, fake_mode_of, trace
-from passes.tracking import acting
+from passes.tracking import acting, follow
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def push_forward(
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), primal.__getitem__)
             with set_current_meta(node):
                 primal[node] = out = node.target(*args, **kwargs)
+                follow(pytree.tree_leaves(out))
             moving = any(_is_moving(tangent[read]) for read in node.all_input_nodes)
             if not moving:
                 tangent[node] = None
@@ -70,6 +71,7 @@ def push_forward(
             )
             with acting(node, "tangent"):
                 tangent[node] = tangent_of(node.target, out, args, kwargs, along)
+                follow(pytree.tree_leaves(tangent[node]))
     output = module.graph.output_node()
     flat = output.args[0]
     assert isinstance(flat, (tuple, list)), "a graph returns a flat tuple"

@@ -20,7 +20,7 @@ ROLES = ("primal", "tangent", "cotangent", "gradient")
 
 | role | computed by |
 |---|---|
-| ``primal`` | the loss's own code, as it is written |
+| ``primal`` | the loss's own code; in a form left as written, PyTorch's forward mode beside it |
 | ``cotangent`` | the reverse pass of a nested derivative |
 | ``tangent`` | a forward-mode pass, over the loss's code or over such a reverse pass |
 | ``gradient`` | the reverse pass of the whole step, which makes the gradients |

@@ -44,7 +44,8 @@ class Tracked(Interpreter):
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)
         if n.op not in ("placeholder", "get_attr", "output"):
-            _follow(pytree.tree_leaves(out), n.meta)
+            with set_current_meta(n):
+                follow(pytree.tree_leaves(out))
         return out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -81,7 +82,7 @@ def reverse_pass(role: str, ends: Sequence[Any], site: str = "") -> Iterator[Non
     """Note of what a trace records inside the ``with`` block that it is a reverse pass.
 
     Args:
-        role: What it computes; the outermost pass decides.
+        role: What it computes, see `passes.origin.ROLES`.
         ends: What is differentiated.
         site: The site that it computes; that of the node which is running, if none is given.
     """
@@ -89,8 +90,7 @@ def reverse_pass(role: str, ends: Sequence[Any], site: str = "") -> Iterator[Non
         yield
         return
     before = dict(get_current_meta())
-    running: Mark = (before.get("custom") or {}).get(KEY) or Mark()
-    _reverse.append(Mark(role=role, site=site or running.site))
+    _reverse.append(Mark(role=role, site=site or _running().site))
     try:
         for end in ends:
             if isinstance(end, Tensor) and end.grad_fn is not None:
@@ -109,13 +109,19 @@ def reverse_pass(role: str, ends: Sequence[Any], site: str = "") -> Iterator[Non
 def acting(node: Node, role: str) -> Iterator[None]:
     """Note of what a trace records inside the ``with`` block that it comes from a node, in another
     role."""
+    running = _running()
     with set_current_meta(node):
         if has_preserved_node_meta():
-            _put_in_force(node.meta, role)
+            _put_in_force(node.meta, role, running.site)
         yield
 
 
-def _put_in_force(meta: dict[str, Any], role: str) -> None:
+def _running() -> Mark:
+    """Return what is noted of the node whose metadata are in force."""
+    return (get_current_meta().get("custom") or {}).get(KEY) or Mark()
+
+
+def _put_in_force(meta: dict[str, Any], role: str, site: str = "") -> None:
     now = get_current_meta()
     for key in _CARRIED:
         now.pop(key, None)
@@ -123,12 +129,20 @@ def _put_in_force(meta: dict[str, Any], role: str) -> None:
             now[key] = meta[key]
     custom = meta.get("custom") or {}
     mark: Mark = custom.get(KEY) or Mark()
-    mark = Mark(role=role or mark.role, site=_reverse[-1].site or mark.site)
+    mark = Mark(role=role or mark.role, site=_reverse[-1].site or site or mark.site)
     now["custom"] = {**custom, KEY: mark}
 
 
-def _follow(values: Sequence[Any], meta: dict[str, Any]) -> None:
-    """Hang hooks on the operators of autograd's graph that lead to ``values`` and have none."""
+def follow(values: Sequence[Any]) -> None:
+    """Let a trace know where reverse passes over ``values`` are from: hang hooks on the operators
+    of autograd's graph that lead to them and have none.
+
+    Args:
+        values: What the node whose metadata are in force has computed.
+    """
+    if not has_preserved_node_meta():
+        return
+    meta = {key: value for key, value in get_current_meta().items() if key in _CARRIED}
     tensors = [inner for x in values if isinstance(x, Tensor) for inner in wrapped_by(x)]
     stack: list[Any] = [x.grad_fn for x in tensors]
     while stack:
@@ -137,7 +151,7 @@ def _follow(values: Sequence[Any], meta: dict[str, Any]) -> None:
             continue
         operator.metadata[KEY] = meta
         operator.register_prehook(_entering(meta))
-        operator.register_hook(_leaving(meta))
+        operator.register_hook(_leave)
         stack.extend(following for following, _ in operator.next_functions)
 
 
@@ -149,10 +163,7 @@ def _entering(meta: dict[str, Any]) -> Callable[..., None]:
     return enter
 
 
-def _leaving(meta: dict[str, Any]) -> Callable[..., None]:
+def _leave(gradients: Any, cotangents: Any) -> None:
     # What stays in force serves the sum of this gradient with others of the same tensor.
-    def leave(gradients: Any, cotangents: Any) -> None:
-        if has_preserved_node_meta() and torch.is_grad_enabled():
-            _follow(gradients, {**meta, "custom": get_current_meta().get("custom")})
-
-    return leave
+    if torch.is_grad_enabled():
+        follow(gradients)

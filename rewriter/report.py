@@ -149,7 +149,15 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the whole report as plain data: numbers, strings, lists and dicts.
 
-        See ``docs`` for the schema; ``format`` changes when it does.
+        ``format`` changes when the meaning of a key does. Beside what `summary` returns, each of
+        ``stages`` has its ``nodes``:
+
+        - ``id``: what the computation is called in every stage, and ``name`` in this one's graph;
+        - ``op``, ``kind`` (``input``, ``call``, ``site`` or ``output``) and ``inputs`` (ids);
+        - ``role``, ``module``, ``site`` and ``stage``: `passes.origin.Origin`;
+        - ``where`` (``file:line: code``), ``path`` and ``line``;
+        - ``tensor``, ``flops``, ``flops_formula`` and ``bytes`` (read and written);
+        - ``body``: the nodes of a derivative that is still one node.
         """
         return {**self.summary(), "stages": [self._stage_record(s) for s in self.stages]}
 

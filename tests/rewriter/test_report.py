@@ -40,6 +40,11 @@ def jacobian(net: nn.Module, x: Tensor) -> Tensor:
     return torch.func.vmap(torch.func.jacrev(net))(x).square().sum()
 
 
+def pushed(net: nn.Module, x: Tensor) -> Tensor:
+    _, du = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+    return du.square().sum()
+
+
 def twice(net: nn.Module, x: Tensor) -> Tensor:
     data = net(x).square().mean()
     p = x.detach().requires_grad_()
@@ -82,6 +87,7 @@ def nodes_in(report: Report, stage: str) -> list[dict[str, Any]]:
         (penalty, {"strategy": "as written"}, {"primal": 1, "cotangent": 2, "gradient": 4}),
         (penalty, {"capture": "trace"}, {"primal": 1, "cotangent": 2, "tangent": 4}),
         (twice, {}, {"primal": 2, "cotangent": 2, "tangent": 6}),
+        (pushed, {}, {"primal": 2, "tangent": 2, "gradient": 6}),
         (jacobian, {}, {"primal": 1, "cotangent": 2, "gradient": 5}),
     ],
 )
@@ -106,7 +112,9 @@ def test_sites_and_stages_of_nodes() -> None:
     assert [node["site"] for node in marks] == [first, second]
 
 
-@pytest.mark.parametrize("loss", [penalty, residual, jacobian, twice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "loss", [penalty, residual, jacobian, pushed, twice], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("options", [{}, {"strategy": "as written"}], ids=["auto", "written"])
 def test_every_operator_has_a_line_of_the_loss(loss: Any, options: dict[str, Any]) -> None:
     report = report_of(loss, **options)
