@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.text import Text
+
 
 @dataclass(frozen=True)
 class Change:
@@ -43,15 +45,19 @@ class StageDiff:
     same: int
 
     def __str__(self) -> str:
-        lines = [
+        return self.__rich__().plain
+
+    def __rich__(self) -> Text:
+        head = (
             f"{self.first} → {self.second}: {len(self.removed)} removed, {len(self.added)} added, "
             f"{len(self.changed)} changed, {self.same} the same"
-        ]
-        lines += [f"- {node}" for node in self.removed]
-        lines += [f"+ {node}" for node in self.added]
+        )
+        text = [Text(head, "bold")]
+        text += [Text(f"- {node}", "red") for node in self.removed]
+        text += [Text(f"+ {node}", "green") for node in self.added]
         for change in self.changed:
-            lines += [f"~ {change.before}", f"→ {change.after}"]
-        return "\n".join(lines)
+            text += [Text(f"~ {change.before}", "yellow"), Text(f"→ {change.after}", "yellow")]
+        return Text("\n").join(text)
 
     def __repr__(self) -> str:
         return str(self)

@@ -87,7 +87,7 @@ def nodes_in(report: Report, stage: str) -> list[dict[str, Any]]:
         (penalty, {"strategy": "as written"}, {"primal": 1, "cotangent": 2, "gradient": 4}),
         (penalty, {"capture": "trace"}, {"primal": 1, "cotangent": 2, "tangent": 4}),
         (twice, {}, {"primal": 2, "cotangent": 2, "tangent": 6}),
-        (pushed, {}, {"primal": 2, "tangent": 2, "gradient": 6}),
+        (pushed, {}, {"primal": 1, "tangent": 2, "gradient": 4}),
         (jacobian, {}, {"primal": 1, "cotangent": 2, "gradient": 5}),
     ],
 )
@@ -128,7 +128,8 @@ def test_every_operator_has_a_line_of_the_loss(loss: Any, options: dict[str, Any
         code = linecache.getline(__file__, node["line"]).strip()
         assert node["where"] == f"{node['path']}:{node['line']}: {code}"
     layers = [node["module"] for node in found if node["op"] in MATMULS]
-    assert set(layers) == {"net.0", "net.2"}
+    unknown = {""} if loss is pushed and options else set()  # PyTorch's own forward mode
+    assert set(layers) == {"net.0", "net.2"} | unknown
 
 
 def test_record() -> None:
