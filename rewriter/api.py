@@ -17,10 +17,11 @@ from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.layer import Layers, optimize_class, optimize_module
 from rewriter.log import log_built, wanted
+from rewriter.make_report import make_report
 from rewriter.naming import modules_in, named_tensors
 from rewriter.options import Options, make_options
 from rewriter.recorder import Recorder
-from rewriter.report import Report, make_report
+from rewriter.report import Report
 from rewriter.rewrite import Rewritten, rewrite
 from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.report import Report, make_report
+from rewriter.make_report import make_report
+from rewriter.report import Report
 from rewriter.rewrite import Rewritten
 
 VARIABLE = "OPTIMIZE_NESTED_DUMP"

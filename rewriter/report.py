@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +15,15 @@ from rich.console import Console
 from rich.text import Text
 from torch.fx import GraphModule
 
-from passes.graph import describe, placeholders, value_of
-from passes.kept import bytes_kept
-from passes.nest import Site
-from passes.origin import origin_of, readable
-from passes.price import count_matmuls, evaluated, size_hints
-from rewriter.choose import AS_WRITTEN, REVERSE, Candidate
+from passes.price import size_hints
+from rewriter.choose import Candidate
 from rewriter.diff import StageDiff, diff_stages
 from rewriter.files import write_whole
 from rewriter.report_html import table_of
 from rewriter.report_nodes import nodes_of
 from rewriter.report_text import text_of
-from rewriter.rewrite import Rewritten, Stage
-from rewriter.sources import Source, place_of, shown, sources_of
+from rewriter.rewrite import Stage
+from rewriter.sources import Source, place_of, shown
 from rewriter.version import __version__
 
 FORMAT = 1
@@ -275,126 +271,3 @@ def _site_record(site: SiteReport) -> dict[str, Any]:
             for c in site.candidates
         ],
     }
-
-
-def make_report(
-    rewritten: Rewritten,
-    *,
-    specialisations: Sequence[Rewritten] = (),
-    breaks: Sequence[str] = (),
-) -> Report:
-    """Build the report of a rewritten loss.
-
-    Args:
-        rewritten: The specialisation to report.
-        specialisations: All there are so far.
-        breaks: Why calls of the loss were not captured.
-    """
-    taken = rewritten.choice.taken
-    hints = size_hints(rewritten.joint)
-    sites = tuple(_site_report(rewritten, site, hints) for site in rewritten.sites)
-    return Report(
-        sites=sites,
-        stages=rewritten.stages,
-        candidates=rewritten.choice.candidates,
-        flops=taken.flops,
-        flops_as_written=evaluated(rewritten.as_written.flops, hints),
-        flops_formula=taken.price.flops,
-        flops_as_written_formula=rewritten.as_written.flops,
-        bytes_moved=taken.bytes_moved,
-        bytes_kept=bytes_kept(rewritten.joint, hints),
-        matmuls=count_matmuls(rewritten.joint),
-        matmuls_as_written=rewritten.as_written.matmuls,
-        graph=rewritten.joint,
-        function=rewritten.function,
-        inputs=_inputs(rewritten),
-        sources=_sources(rewritten),
-        breaks=tuple(breaks),
-        recompiles=_recompiles(specialisations),
-    )
-
-
-def _inputs(rewritten: Rewritten) -> dict[str, str]:
-    """Return the inputs of the joint graph by name; those after the loss's own are cotangents."""
-    nodes = placeholders(rewritten.joint.graph)
-    names = [readable(name) for name in rewritten.names]
-    names += [f"cotangent of output {i}" for i in rewritten.roles.differentiable]
-    return {name: describe(value_of(node)) for name, node in zip(names, nodes, strict=False)}
-
-
-def _sources(rewritten: Rewritten) -> tuple[Source, ...]:
-    modules = [part for s in rewritten.stages for part in s.module.modules()]
-    graphs = [part.graph for part in modules if isinstance(part, GraphModule)]
-    found = {origin_of(node).where for graph in graphs for node in graph.nodes}
-    found.update(site.where for site in rewritten.sites)
-    return sources_of(place_of(where)[:2] for where in found)
-
-
-def _recompiles(specialisations: Sequence[Rewritten]) -> tuple[str, ...]:
-    """Say what each specialisation holds for; of a later one, in what it differs from the first."""
-    lines, first = [], {}
-    for number, rewritten in enumerate(specialisations, start=1):
-        inputs = _inputs(rewritten)
-        for position in rewritten.roles.wanted:
-            inputs[readable(rewritten.names[position])] += " requires grad"
-        if number == 1:
-            first = inputs
-            lines.append(", ".join(f"{name} {kind}" for name, kind in inputs.items()))
-            continue
-        changed = [
-            f"{n} {inputs.get(n, 'absent')}"
-            for n in {**first, **inputs}
-            if inputs.get(n) != first.get(n)
-        ]
-        same = "the same tensors; a Python value, a module's mode or a global differs"
-        lines.append(", ".join(changed) or same)
-    return tuple(lines)
-
-
-def _site_report(rewritten: Rewritten, site: Site, hints: dict[sympy.Symbol, int]) -> SiteReport:
-    choice = rewritten.choice
-    strategy = choice.taken.strategies[site.name]
-    refused = [f"{s} refused: {r}" for (name, s), r in choice.refusals.items() if name == site.name]
-    if strategy == AS_WRITTEN:
-        reason = "every rewritten form costs more FLOPs than what is written"
-    elif refused:
-        reason = "; ".join(refused)
-    elif len(choice.candidates) == 1:
-        reason = "asked for"
-    else:
-        reason = "fewest FLOPs, or first among equals"
-    formula = choice.taken.site_flops.get(site.name, sympy.Integer(0))
-    return SiteReport(
-        name=site.name,
-        where=site.where,
-        operator=site.operator,
-        order=site.order,
-        status="as written" if strategy in (REVERSE, AS_WRITTEN) else "rewritten",
-        strategy=strategy,
-        reason=reason,
-        candidates=tuple(_considered(rewritten, site, strategy)),
-        flops=evaluated(formula, hints),
-        flops_formula=formula,
-    )
-
-
-def _considered(rewritten: Rewritten, site: Site, taken: str) -> list[Considered]:
-    """Return every strategy that was built or refused at a site, in the order of trial."""
-    choice = rewritten.choice
-    best = choice.taken.flops
-    found = {
-        strategy: Considered(strategy, False, reason)
-        for (name, strategy), reason in choice.refusals.items()
-        if name == site.name
-    }
-    for candidate in choice.candidates:
-        strategy = candidate.strategies[site.name]
-        if strategy == taken:
-            found[strategy] = Considered(strategy, True, "taken")
-        elif strategy not in found:
-            more = candidate.flops - best
-            reason = (
-                f"{more} FLOPs more in the whole step" if more else "as many FLOPs, tried later"
-            )
-            found[strategy] = Considered(strategy, True, reason)
-    return list(found.values())
