@@ -62,7 +62,8 @@ def test_torch_range(requirements: list[Requirement]) -> None:
 def test_one_wheel_holds_both_packages(pyproject: dict[str, Any]) -> None:
     setuptools = pyproject["tool"]["setuptools"]
     assert setuptools["packages"]["find"]["include"] == [f"{name}*" for name in PACKAGES]
-    assert setuptools["package-data"] == {name: ["py.typed"] for name in PACKAGES}
+    page = {"rewriter.page": [f"{folder}/*" for folder in ("assets", "templates", "vendor")]}
+    assert setuptools["package-data"] == {name: ["py.typed"] for name in PACKAGES} | page
 
 
 @pytest.mark.parametrize("package", PACKAGES)
