@@ -19,6 +19,7 @@ from passes.price import size_hints
 from rewriter.choose import Candidate
 from rewriter.diff import StageDiff, diff_stages
 from rewriter.files import write_whole
+from rewriter.page import render_html, render_svg
 from rewriter.report_html import table_of
 from rewriter.report_nodes import nodes_of
 from rewriter.report_text import text_of
@@ -216,6 +217,24 @@ class Report:
             OSError: The file cannot be written; one that was there is as it was.
         """
         write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page of HTML to look around in: source, graphs, choices and FLOPs; it needs no
+        network.
+
+        Raises:
+            OSError: The file cannot be written; one that was there is as it was.
+        """
+        write_whole(path, render_html(self.to_dict()))
+
+    def to_svg(self, path: str | os.PathLike[str], stage: str = "") -> None:
+        """Write a picture of a stage's graph, by name; of the last one if left out.
+
+        Raises:
+            ValueError: The loss was not captured, or has no such stage.
+            OSError: The file cannot be written; one that was there is as it was.
+        """
+        write_whole(path, render_svg(self.to_dict(), stage))
 
     def __str__(self) -> str:
         return text_of(self.summary()).plain
