@@ -45,9 +45,22 @@ def named_tensors(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[
 def modules_in(function: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.nn.Module]:
     """Return the modules a call reads."""
     found = []
-    for _, value in named_values(function, args, kwargs):
-        found.extend(_modules(value, depth=4))
+    for name, value in named_values(function, args, kwargs):
+        found.extend(module for _, module in _modules(name, value, depth=4))
     return list(dict.fromkeys(found))
+
+
+def module_paths(
+    function: Callable[..., Any], args: Any, kwargs: Any
+) -> dict[torch.nn.Module, str]:
+    """Return the modules a call reads, and those inside them, by path: ``model.0``,
+    ``self.net.1``."""
+    paths: dict[torch.nn.Module, str] = {}
+    for name, value in named_values(function, args, kwargs):
+        for path, module in _modules(name, value, depth=4):
+            for inner, part in module.named_modules(prefix=path):
+                paths.setdefault(part, inner)
+    return paths
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -73,9 +86,9 @@ def _tensors_in(path: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor
             yield from _tensors_in(f"{path}.{name}", item, depth - 1)
 
 
-def _modules(value: Any, depth: int) -> Iterator[torch.nn.Module]:
+def _modules(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.nn.Module]]:
     if isinstance(value, torch.nn.Module):
-        yield value
+        yield path, value
     elif depth and not callable(value) and not isinstance(value, Tensor):
-        for _, item in _children(value):
-            yield from _modules(item, depth - 1)
+        for name, item in _children(value):
+            yield from _modules(f"{path}.{name}", item, depth - 1)

@@ -16,7 +16,10 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from passes.graph import is_users
 from passes.tracing import without_fused_kernels
@@ -26,6 +29,7 @@ from rewriter.capture import replaced
 from rewriter.errors import CaptureError
 from rewriter.generators import Generators, generators_restored
 from rewriter.host_calls import line_of
+from rewriter.naming import module_paths
 from rewriter.options import disabled
 from rewriter.reach import EVERY_NAME, asks_for_any_name
 from rewriter.recording import Input, Recording
@@ -142,11 +146,17 @@ def record(
         for owner, name, value in list(unannounced(recording)):
             stack.enter_context(replaced(owner, name, value))
 
-        def note(module: nn.Module, _: Any) -> None:
-            modes.setdefault(module, module.training)
+        paths = module_paths(function, args, kwargs)
 
-        called = register_module_forward_pre_hook(note)
-        stack.callback(called.remove)
+        def enter(module: nn.Module, _: Any) -> None:
+            modes.setdefault(module, module.training)
+            recording.modules.append((paths.get(module, ""), type(module)))
+
+        def leave(*_: Any) -> None:
+            del recording.modules[-1:]
+
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
         try:
             sys.setprofile(names)
             with recording:

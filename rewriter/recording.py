@@ -130,6 +130,7 @@ class Recording(TorchFunctionMode):
         self.cleanup = contextlib.ExitStack()
         self.noise = torch.Generator().manual_seed(17)
         self.last_placeholder: Node | None = None
+        self.modules: list[tuple[str, type]] = []  # whose forward runs, innermost last
 
     # what is known of a tensor
 
@@ -395,6 +396,8 @@ class Recording(TorchFunctionMode):
         else:
             node = self.graph.call_function(func, tuple(args), dict(kwargs))
         node.meta["stack_trace"] = stack_trace()
+        if self.modules:
+            node.meta["nn_module_stack"] = {str(k): m for k, m in enumerate(self.modules)}
         return node
 
     def _argument(self, value: Any) -> Any:
