@@ -34,6 +34,12 @@ def value_of(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
+def hint(size: Any) -> Any:
+    """Return the number a symbolic size had when it was captured; to ask the size itself for a
+    number would fix it."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
 def arguments(node: Node) -> Any:
     """Return the arguments of a node whose target says what they are."""
     return node.args

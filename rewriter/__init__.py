@@ -1,7 +1,9 @@
 """Rewrite the nested derivatives of PyTorch losses into their cheapest exact form."""
 
+from rewriter.ahead.load import load
 from rewriter.api import OptimizedLoss, optimize_nested
 from rewriter.errors import (
+    ArtifactError,
     CaptureError,
     CheckFailed,
     NestedGradientWarning,
@@ -13,6 +15,7 @@ from rewriter.report import Report
 from rewriter.version import __version__
 
 __all__ = [
+    "ArtifactError",
     "CaptureError",
     "CheckFailed",
     "NestedGradientWarning",
@@ -22,5 +25,6 @@ __all__ = [
     "Report",
     "__version__",
     "disabled",
+    "load",
     "optimize_nested",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from rewriter.ahead.compile import compile_ahead
 from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.layer import Layers, optimize_class, optimize_module
@@ -164,6 +167,72 @@ class OptimizedLoss(Specialising):
             breaks=tuple(dict.fromkeys([*(known.said for known in self.refusals), reason])),
         )
 
+    def compile_ahead(
+        self,
+        path: str | os.PathLike[str],
+        /,
+        *args: Any,
+        dynamic: Mapping[str, Any] | None = None,
+        portable: bool = False,
+        modes: Sequence[str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Compile the loss for these arguments into a file that `rewriter.load` loads in a process
+        that has neither the loss's nor the model's Python.
+
+        Parameters, buffers and tensor arguments are inputs; other values are burned in, tensors
+        that the loss closes over are stored. No state is touched, and with ``check=True`` alone is
+        anything of the loss run: on copies, to compare it with the loss as written in float64.
+
+        Args:
+            path: The file. It is replaced whole, or not at all.
+            *args: The loss's arguments.
+            dynamic: Sizes that may change from call to call: argument → dimension → name, range
+                ``(least, most)``, ``(name, least, most)`` or `torch.export.Dim`. Dimensions of one
+                name have equal sizes; the smallest size is 2.
+            portable: Write the graphs as data instead of native code: it loads on any machine and
+                version that has the operators, and is compiled there.
+            modes: ``["train", "eval"]`` compiles for both; otherwise for the mode that the modules
+                are in, which is both if they compute the same.
+            cache: A folder of artifacts that were compiled before; several processes may share it.
+            **kwargs: The loss's keyword arguments; one with a name of this method's goes by
+                position.
+
+        Returns:
+            The SHA-256 of the file's manifest, for ``load(path, sha256=...)``.
+
+        Raises:
+            CaptureError: The loss cannot be captured as one graph, or does something that a graph
+                cannot hold; names the line and the cause.
+            OptimizeNestedError: Inductor fails on it.
+            TypeError, ValueError: An argument of this method is not as described here.
+
+        >>> import tempfile, torch
+        >>> from rewriter import load, optimize_nested
+        >>> @optimize_nested
+        ... def penalty(net, x):
+        ...     (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        ...     return g.square().sum()
+        >>> net, x = torch.nn.Linear(2, 1), torch.ones(3, 2, requires_grad=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     digest = penalty.compile_ahead(f"{folder}/penalty", net, x, portable=True)
+        ...     loaded = load(f"{folder}/penalty", sha256=digest, backend="eager")
+        >>> value, grads = loaded.value_and_grad(net.state_dict(), x)
+        >>> loaded.bind(net)(x).backward()
+        """
+        return compile_ahead(
+            self.as_written,
+            self.options,
+            path,
+            args,
+            kwargs,
+            dynamic=dynamic,
+            portable=portable,
+            modes=modes,
+            cache=cache,
+        )
+
     def __copy__(self) -> OptimizedLoss:
         """Return itself, as a function does."""
         return self
@@ -212,6 +281,11 @@ class _BoundLoss:
     def inputs_of(self, *args: Any, **kwargs: Any) -> list[Any]:
         """See `OptimizedLoss.inputs_of`."""
         return self._loss.inputs_of(self.__self__, *args, **kwargs)
+
+    def compile_ahead(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> str:
+        """See `OptimizedLoss.compile_ahead`; what is loaded takes no ``self``."""
+        method = types.MethodType(self._loss.as_written, self.__self__)
+        return OptimizedLoss(method, self._loss.options).compile_ahead(path, *args, **kwargs)
 
 
 def _scalar_of(value: Any, name: str) -> Tensor:

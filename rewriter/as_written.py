@@ -4,7 +4,7 @@ and absent gradients."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +117,15 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
     return AsWritten(counter.total, matmuls, wanted, reached)
 
 
-def _numbers_forgotten(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:
-    """Let a backward operator read a number (`torch.trace` does) that no traced value holds."""
+@contextlib.contextmanager
+def _numbers_forgotten(mode: FakeTensorMode) -> Iterator[None]:
+    """Let a backward operator read a number (`torch.trace` does) that no traced value holds, or a
+    size (the second derivative of `batch_norm` does) without fixing it in the graphs to come."""
     if mode.shape_env is None:
-        return contextlib.nullcontext()
-    return mode.shape_env.ignore_fresh_unbacked_symbols()
+        yield
+        return
+    with mode.shape_env.ignore_fresh_unbacked_symbols(), mode.shape_env.suppress_guards():
+        yield
 
 
 def _is_wanted(node: Node, promoted: bool) -> bool:

@@ -454,6 +454,22 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             _is_capturing.reset(token)
 
 
+@contextlib.contextmanager
+def refusing_side_effects() -> Iterator[None]:
+    """Refuse, in the block, losses that change a Python object that others can see."""
+    settings: dict[str, Any] = {}
+    if hasattr(dynamo_config, "side_effect_replay_policy"):  # not in torch 2.11
+        settings["side_effect_replay_policy"] = "error"
+    with dynamo_config.patch(**settings):
+        yield
+
+
+def mark_dynamic(x: Tensor, dim: int, least: int, most: int | None) -> None:
+    """Leave a size of a tensor open in captures of functions that are called with it."""
+    # Without a number for the upper end, Dynamo fails on a lower one.
+    torch._dynamo.mark_dynamic(x, dim, min=least, max=2**62 if most is None else most)
+
+
 def compile_function(
     function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
 ) -> Callable[..., Any]:

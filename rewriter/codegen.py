@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch._inductor import aoti_compile_and_package, list_mode_options
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.export import Dim, export
 from torch.fx import GraphModule
 
-from passes.graph import copy_graph, is_random, placeholders, value_of
+from passes.graph import copy_graph, hint, is_random, placeholders, value_of
 from passes.tracing import fake_mode_of
-from rewriter.errors import NestedGradientWarning
+from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -63,6 +65,89 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
                 stacklevel=2,
             )
             return _op_by_op(module)
+
+
+def package_graph(module: GraphModule, mode: str) -> bytes:
+    """Compile a graph of tensors to native code ahead of time; return AOTInductor's package.
+
+    Args:
+        module: The graph; its placeholders hold fake tensors, and its results are tensors.
+        mode: A mode of Inductor.
+
+    Raises:
+        OptimizeNestedError: There is no C++ compiler, or Inductor fails on the graph.
+    """
+    if not _has_compiler(module):
+        raise OptimizeNestedError(
+            "no C++ compiler was found: install one, set the environment variable CXX, or compile "
+            "with portable=True"
+        )
+    draws = any(is_random(node) for node in module.graph.nodes)
+    settings = {**list_mode_options(mode), "fallback_random": draws}
+    settings.pop("triton.cudagraphs", None)  # of compiled Python, not of packages
+    fakes = [value_of(node) for node in placeholders(module.graph)]
+    open_dims = [_open_dims(fake) for fake in fakes]
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
+        examples = tuple(_example(fake) for fake in fakes)
+        dims = (tuple({d: Dim.AUTO for d in dims} or None for dims in open_dims),)
+        path = str(Path(folder, "graph.pt2"))
+        try:
+            program = export(_Root(_with_own_draws(module)), examples, dynamic_shapes=dims)
+            taken = [value_of(node) for node in placeholders(program.graph)]
+            if [_open_dims(value) for value in taken] != open_dims:
+                raise OptimizeNestedError("torch.export fixes a size that is declared dynamic")
+            aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+        except OptimizeNestedError:
+            raise
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0]
+            raise OptimizeNestedError(
+                f"Inductor cannot compile this loss ahead of time: {type(error).__name__}: {text}"
+            ) from error
+        return Path(path).read_bytes()
+
+
+class _Root(torch.nn.Module):
+    """`torch.export` takes modules whose forward has arguments by position."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.module(*tensors)
+
+
+def _open_dims(fake: Tensor) -> list[int]:
+    return [dim for dim, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)]
+
+
+def _example(fake: Tensor) -> Tensor:
+    """Return a tensor like a fake one; no size of it is asked for, which would fix it."""
+
+    shape, strides = map(hint, fake.shape), map(hint, fake.stride())
+    example = torch.empty_strided(
+        tuple(shape), tuple(strides), dtype=fake.dtype, device=fake.device
+    )
+    return example.zero_()
+
+
+def load_package(path: str) -> Compiled:
+    """Load AOTInductor's package: native code, which from here on can do anything.
+
+    Args:
+        path: The package; the caller has checked what it is.
+    """
+    # The class behind `aoti_load_package`, which before it would unpickle what a package may hold.
+    native: Any = torch._C._aoti  # pyright: ignore[reportAttributeAccessIssue]
+    loader = native.AOTIModelPackageLoader(path, "model", False, 1, -1)
+
+    def run(*inputs: Tensor) -> Sequence[Any]:
+        with torch._C._DisableAutocast():
+            return loader.boxed_run(list(inputs))
+
+    return run
 
 
 def _op_by_op(module: GraphModule) -> Compiled:

@@ -50,5 +50,10 @@ class CheckFailed(OptimizeNestedError):
     """`check=True`, and the rewritten loss differs from the loss as written."""
 
 
+class ArtifactError(OptimizeNestedError):
+    """A file that `load` refuses: damaged, not an artifact, or made for something else than what is
+    here."""
+
+
 class NestedGradientWarning(UserWarning):
     """A decorated loss runs as written, or an inner derivative is a constant to the outer one."""

@@ -63,6 +63,17 @@ def module_paths(
     return paths
 
 
+def top_modules(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, torch.nn.Module]:
+    """Return the modules a call reads by name, ``model`` or ``self.net``; each once, and none for
+    being inside another."""
+    found: dict[str, torch.nn.Module] = {}
+    for name, value in named_values(function, args, kwargs):
+        for path, module in _modules(name, value, depth=4):
+            if all(module is not other for other in found.values()):
+                found.setdefault(path, module)
+    return found
+
+
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((str(key), item) for key, item in value.items())

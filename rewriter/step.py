@@ -190,7 +190,7 @@ class _StepFunction(torch.autograd.Function):
         if step.halves is None:
             grads = [None] * len(rest)
             if given[0] is not None:
-                grads = one_by_one(lambda c: _scaled(rest, c), [given[0]])
+                grads = one_by_one(lambda c: scaled(rest, c), [given[0]])
         else:
             full = [
                 torch.zeros(shape, dtype=dtype, device=device) if g is None else g
@@ -202,7 +202,7 @@ class _StepFunction(torch.autograd.Function):
         return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
 
 
-def _scaled(grads: Sequence[Tensor | None], cotangent: Tensor) -> list[Tensor | None]:
+def scaled(grads: Sequence[Tensor | None], cotangent: Tensor) -> list[Tensor | None]:
     """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and
     change them."""
     factor = cotangent.reshape(())
