@@ -7,6 +7,7 @@ command was not understood. An error in the user's own code is shown as Python s
 from __future__ import annotations
 
 import functools
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +21,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from rewriter.ahead.load import load
 from rewriter.api import optimize_nested
 from rewriter.bench import Timing, compiled_as_written, race
 from rewriter.doctor import BAD, GOOD, WARNING, examine
 from rewriter.errors import OptimizeNestedError
 from rewriter.options import BACKENDS, CAPTURES, MODES
 from rewriter.report import Report
-from rewriter.target import Target, TargetError, find, find_target
+from rewriter.target import Target, TargetError, find, find_target, make_arguments
 from rewriter.version import __version__
 
 PROGRAM = "optimize-nested"
@@ -115,6 +117,15 @@ def _strategies(given: Sequence[str]) -> str | dict[str, str] | None:
 def _doing(what: str) -> Iterator[None]:
     with aside.status(what):
         yield
+
+
+@contextmanager
+def _as_usage(what: str) -> Iterator[None]:
+    """Show what is wrong with an argument as the program's own error."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise click.ClickException(f"{what}: {error}") from error
 
 
 def _report(target: Target) -> Report:
@@ -272,6 +283,102 @@ def _comparison(title: str, timings: Sequence[Timing], flops: Mapping[str, int])
             *peak,
         )
     return table
+
+
+@app.command("compile")
+@on_loss
+@click.option("--out", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="ARG:DIM=NAME[:LEAST:MOST]",
+    help="A size that may change from call to call, x:0=batch:2:1024 (several times).",
+)
+@click.option("--both-modes", is_flag=True, help="For modules in train mode and in eval mode.")
+@click.option("--portable", is_flag=True, help="Graphs as data in place of native code.")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder of what was compiled before.",
+)
+def compile_(
+    target: Target,
+    path: Path,
+    sizes: Sequence[str],
+    both_modes: bool,
+    portable: bool,
+    cache: Path | None,
+) -> None:
+    """Compile loss and gradients ahead of time into a file, and print its SHA-256."""
+    dynamic = _sizes(sizes)
+    with _doing(f"compiling {path}"), _as_usage("compile"):
+        digest = target.loss.compile_ahead(
+            path,
+            *target.args,
+            dynamic=dynamic or None,
+            modes=["train", "eval"] if both_modes else None,
+            portable=portable,
+            cache=cache,
+            **target.kwargs,
+        )
+    click.echo(digest)
+
+
+def _sizes(given: Sequence[str]) -> dict[str, dict[int, Any]]:
+    found: dict[str, dict[int, Any]] = {}
+    for text in given:
+        match = _SIZE.fullmatch(text)
+        if match is None:
+            raise click.BadParameter(
+                f"{text}: expected ARG:DIM=NAME or ARG:DIM=NAME:LEAST:MOST", param_hint="--size"
+            )
+        name, least, most = match["name"], match["least"], match["most"]
+        size = name if least is None else (name, int(least), int(most))
+        found.setdefault(match["argument"], {})[int(match["dim"])] = size
+    return found
+
+
+_SIZE = re.compile(
+    r"(?P<argument>.+):(?P<dim>\d+)=(?P<name>[^:=]+)(?::(?P<least>\d+):(?P<most>\d+))?"
+)
+
+
+@app.command()
+@click.argument("artifact", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--args", "args_name", metavar="NAME", required=True, help="Returns the arguments.")
+@click.option("--seed", default=0, show_default=True, help="Of PyTorch's generators.")
+@click.option("--sha256", help="What compile printed; another file is refused.")
+@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True)
+def run(artifact: Path, args_name: str, seed: int, sha256: str | None, backend: str) -> None:
+    """Load a compiled loss; print its value and the sizes of its gradients.
+
+    The arguments are those of the loss; a state_dict may stand in a module's place, so that the
+    model's Python is not needed.
+    """
+    torch.manual_seed(seed)
+    args, kwargs = make_arguments(args_name)
+    with _doing(f"loading {artifact}"):
+        loaded = load(artifact, sha256, backend=backend)
+    states, rest = _states(args), [value for value in args if not _is_state(value)]
+    names = [root.name for root in loaded.manifest.roots]
+    for name in names:
+        if name in kwargs:
+            states += _states([kwargs.pop(name)])
+    state = states[0] if len(names) == 1 == len(states) else dict(zip(names, states, strict=False))
+    with _doing("running"), _as_usage(args_name):
+        value, grads = loaded.value_and_grad(state, *rest, **kwargs)
+    _print_values(str(artifact), value, {name: float(g.norm()) for name, g in grads.items()})
+
+
+def _is_state(value: Any) -> bool:
+    is_dict = isinstance(value, Mapping) and all(isinstance(x, Tensor) for x in value.values())
+    return isinstance(value, nn.Module) or is_dict
+
+
+def _states(values: Sequence[Any]) -> list[Any]:
+    found = [value for value in values if _is_state(value)]
+    return [v.state_dict() if isinstance(v, nn.Module) else v for v in found]
 
 
 @app.command()

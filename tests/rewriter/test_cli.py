@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -153,3 +154,60 @@ def test_program() -> None:
         command = [sys.executable, "-m", "rewriter", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert said in done.stdout
+
+
+def test_compile_and_run(run: Run, tmp_path: Path) -> None:
+    """A file compiled in one process, run with a state_dict in place of the model."""
+    words = "--args", "my_losses:make_args", "--portable", "--size", "x:0=batch:2:64"
+    digest = good(run("compile", "my_losses:penalty", "--out", "loss.pt2", *words)).strip()
+    assert len(digest) == 64 and int(digest, 16)
+    (tmp_path / "others.py").write_text(textwrap.dedent(WITHOUT_THE_LOSS))
+    given = "--args", "others.py:make_args", "--backend", "eager"
+    text = good(run("run", "loss.pt2", *given, "--sha256", digest))
+    assert "net.0.weight" in text and "x" in text
+    assert digest[:32] not in text
+    result = run("run", "loss.pt2", *given, "--sha256", "0" * 64)
+    assert result.exit_code == 1 and "loss.pt2" in result.output
+    result = run("run", "loss.pt2", "--args", "others.py:too_many", "--backend", "eager")
+    assert result.exit_code == 1 and "64" in result.output
+    sys.modules.pop("others", None)
+
+
+WITHOUT_THE_LOSS = """
+import torch
+
+def make_args(rows=7):
+    shapes = {"0.weight": (8, 3), "0.bias": (8,), "2.weight": (1, 8), "2.bias": (1,)}
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return state, torch.randn(rows, 3, requires_grad=True)
+
+def too_many():
+    return make_args(65)
+"""
+
+
+@pytest.mark.parametrize("size", ["x", "x:0", "x:0=batch:2", "x:zero=batch"])
+def test_sizes_that_are_none(run: Run, size: str) -> None:
+    result = run("compile", "my_losses:penalty", "--out", "loss.pt2", "--size", size)
+    assert result.exit_code == 2 and "expected ARG:DIM=NAME" in result.output
+    assert not Path("loss.pt2").exists()
+
+
+def test_render(run: Run) -> None:
+    good(run("render", "my_losses:penalty", *(w for p in PICTURES for w in ("--out", p))))
+    assert json.loads(Path("report.json").read_text())["sites"]
+    for path, start in PICTURES.items():
+        assert Path(path).read_text().lstrip().startswith(start), path
+
+
+PICTURES = {
+    "report.html": "<!doctype html>",
+    "report.svg": "<?xml",
+    "report.json": "{",
+    "report.txt": "penalty",
+}
+
+
+def test_graphs_and_changes(run: Run) -> None:
+    assert "gradient(" in good(run("explain", "my_losses:penalty", "--stage", "nest"))
+    assert "added" in good(run("explain", "my_losses:penalty", "--diff", "share", "nest"))
