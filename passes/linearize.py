@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.traceback import set_current_meta
 from torch.utils import _pytree as pytree
 
-from passes.graph import drop_dead, finish, placeholders, reaches, results
+from passes.graph import drop_dead, finish, placeholders, reaches, results, value_of
 from passes.origin import mark_of, note
 from passes.simplify import simplify
 from passes.tangent_rules import NoRule, tangent_of
@@ -133,8 +133,24 @@ def linearize(
 
     whole = trace(both, [*taken, *directions], mode)
     flatten_output(whole.graph)
+    late = placeholders(whole.graph)[len(taken) :]
+    _read_sizes_early(whole.graph, set(late))
     simplify(whole)
-    return split(whole, placeholders(whole.graph)[len(taken) :], len(kept))
+    return split(whole, late, len(kept))
+
+
+def _read_sizes_early(graph: Graph, late: set[Node]) -> None:
+    """Read each symbolic size that a late input shares with an early one from the latter: a zero
+    that the primal makes in the shape of a tangent does not depend on the tangent."""
+    early: dict[str, tuple[Node, int]] = {}
+    for node in placeholders(graph):
+        if node not in late:
+            for dim, size in enumerate(getattr(value_of(node), "shape", ())):
+                early.setdefault(str(size), (node, dim))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        of, dim = node.args
+        if of in late:
+            node.args = early.get(str(value_of(of).shape[dim]), (of, dim))
 
 
 def flatten_output(graph: Graph) -> None:

@@ -245,6 +245,20 @@ def test_symbolic_sizes() -> None:
     torch.testing.assert_close(tangent, expected, rtol=1e-7, atol=1e-8)
 
 
+def test_a_zero_in_the_shape_of_a_tangent_belongs_to_the_primal() -> None:
+    """The input that only moves has a symbolic size that an input of the primal has too."""
+
+    def function(x: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+        return (x * (zero + x.sum().expand_as(x)).sin(),)
+
+    inputs = [random_points(5), torch.zeros(5, dtype=torch.float64)]
+    lin = linearize(traced(function, inputs, dynamic=True), [1], (0,), (0,), zero=[1])
+    x, v = random_points(7), random_points(7)
+    value, *residuals = lin.primal(x)
+    torch.testing.assert_close(value, x * x.sum().sin())
+    torch.testing.assert_close(lin.tangent(*residuals, v), (x * x.sum().cos() * v,))
+
+
 def test_no_rule() -> None:
     @torch.library.custom_op("optimize_nested_tests::halve", mutates_args=())
     def halve(x: Tensor) -> Tensor:

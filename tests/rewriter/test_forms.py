@@ -51,6 +51,14 @@ def grad_outputs(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @form
+def energies_and_forces(net: nn.Module, x: Tensor) -> Tensor:
+    """The network's value is a row that has strides of its own once it is summed."""
+    energies = net(x)[:, 0]
+    (forces,) = grad(energies.sum(), x, create_graph=True)
+    return forces.square().mean() + energies.square().mean()
+
+
+@form
 def differentiable_seed(net: nn.Module, x: Tensor) -> Tensor:
     """The seed's own gradient counts too."""
     u = net(x)
