@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
     # The generator must end where eager leaves it, so draws are eager's own.
     draws = any(is_random(node) for node in module.graph.nodes)
     settings = {**list_mode_options(mode), "fallback_random": draws}
-    with tracing(TracingContext(fake_mode_of(examples))), torch.no_grad():
+    with tracing(TracingContext(fake_mode_of(examples))), torch.no_grad(), _floats_left_alone():
         try:
             return compile_fx(_with_own_draws(module), examples, config_patches=settings)  # pyright: ignore[reportReturnType]
         except Exception as error:
@@ -60,7 +62,7 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
                 raise
             warnings.warn(
                 f"optimize_nested: Inductor fails on the rewritten loss, so it runs op by op: "
-                f"{str(error).strip().splitlines()[0]}",
+                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
                 NestedGradientWarning,
                 stacklevel=2,
             )
@@ -148,6 +150,22 @@ def load_package(path: str) -> Compiled:
             return loader.boxed_run(list(inputs))
 
     return run
+
+
+@contextlib.contextmanager
+def _floats_left_alone() -> Iterator[None]:
+    """Keep Inductor from asking Dynamo to begin anew without symbols for Python floats: those that
+    change are tensors in our graphs, although the examples' mode still knows the symbols."""
+    name = "TENSORIFY_PYTHON_SCALARS"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _op_by_op(module: GraphModule) -> Compiled:

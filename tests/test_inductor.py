@@ -76,17 +76,39 @@ def test_draws_are_those_of_eager() -> None:
     check(draws, [mlp(nn.Tanh, 3, 6, 2)], x, backend="inductor")
 
 
-def test_inductors_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_changes() -> None:
+    """From the second value on it is an input of the compiled code."""
+
+    def weighted(net: nn.Module, x: Tensor, weight: float) -> Tensor:
+        p = x.detach().requires_grad_()
+        return weight * grad(net(p).sum(), p, create_graph=True)[0].square().sum()
+
+    net, x = mlp(nn.Tanh, 3, 6, 2), torch.randn(5, 2, dtype=torch.float64)
+    loss = optimize_nested(weighted, strict=True)
+    for weight in (0.1, 0.2, 0.3):
+        assert_same(
+            outcome(loss, [net], (x, weight), {}), outcome(weighted, [net], (x, weight), {})
+        )
+    assert len(loss.steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(RuntimeError("no code for this\nat all"), "no code for this"), (KeyError, "KeyError")],
+)
+def test_inductors_own_errors(
+    error: Exception | type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What Inductor cannot compile runs op by op, and says so; with ``strict`` it is an error."""
 
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no code for this")
+        raise error
 
     monkeypatch.setattr("rewriter.codegen.compile_fx", fail)
     net, x = mlp(nn.Tanh, 3, 6, 2), torch.randn(5, 2, dtype=torch.float64)
-    with pytest.warns(NestedGradientWarning, match="no code for this"):
+    with pytest.warns(NestedGradientWarning, match=said):
         check(everything, [net], x, backend="inductor")
-    with pytest.raises(OptimizeNestedError, match="no code for this"):
+    with pytest.raises(OptimizeNestedError, match=said):
         optimize_nested(everything, strict=True)(net, x)
 
 
