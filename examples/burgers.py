@@ -3,29 +3,28 @@
     u_t + u u_x - ν u_xx = 0,  x in [-1, 1], t in [0, 1],  u(x, 0) = -sin(πx),  u(±1, t) = 0
 
 with ν = 0.01/π. Run `python examples/burgers.py --quick` (about two minutes on two cores), or leave
-out `--quick` for a long training. You will see the report on the loss, the training, the error
-against the exact Cole–Hopf solution, and a table with the time per step of the loss as written,
-under torch.compile, and under optimize_nested. The picture `burgers.png` shows the solution, its
-error and the loss curve.
+out `--quick` for a long training. You will see the report on the loss, a table with its time per
+step as written, under torch.compile and under optimize_nested, the training, and the error against
+the exact Cole–Hopf solution. The picture `burgers.png` shows the solution, its error and the loss
+curve.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pictures
 import side_by_side
 import torch
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+import training
 from side_by_side import console
 from torch import Tensor, nn
 
 from rewriter import optimize_nested
 
 VISCOSITY = 0.01 / math.pi
-METHODS = {"adam": "Adam", "lbfgs": "L-BFGS"}
 
 
 @optimize_nested
@@ -118,84 +117,21 @@ def evaluate(net: nn.Module) -> Field:
     return Field(x, t, exact_solution(grid[..., 0], grid[..., 1]), predicted.double().numpy())
 
 
-def train(
-    net: nn.Module,
-    objective: Callable[..., Tensor],
-    data: Sequence[Tensor],
-    method: str,
-    steps: int,
-) -> list[float]:
-    """Minimise objective(net, *data) by "adam" or "lbfgs"; return the loss of each evaluation.
-
-    `steps` counts evaluations of the loss, those of the line searches of L-BFGS included.
-    """
-    history: list[float] = []
-    with side_by_side.progress_bar() as progress:
-        task = progress.add_task(f"{METHODS[method]:7}", total=steps, status="")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = objective(net, *data)
-            value.backward()
-            history.append(value.item())
-            progress.update(
-                task, completed=min(len(history), steps), status=f"loss {history[-1]:.2e}"
-            )
-            return value
-
-        if method == "adam":
-            optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-            for _ in range(steps):
-                optimizer.step(closure)
-                schedule.step()
-            return history
-        # One call of step is the whole minimisation, however small the steps get.
-        optimizer = torch.optim.LBFGS(
-            net.parameters(),
-            max_iter=steps,
-            max_eval=steps,
-            history_size=50,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(closure)
-    return history
-
-
 def draw(field: Field, histories: dict[str, list[float]], path: str) -> None:
     """Draw the solution with exact contours, the absolute error and the loss curve into a file."""
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    figure.suptitle("Burgers equation, ν = 0.01/π, by a physics-informed network")
-    left, middle, right = figure.subplots(1, 3)
-    style = {"shading": "gouraud", "rasterized": True}
-    image = left.pcolormesh(
-        field.t, field.x, field.predicted, cmap="RdBu_r", vmin=-1, vmax=1, **style
+    figure, (left, middle, right) = pictures.panels(
+        "Burgers equation, ν = 0.01/π, by a physics-informed network", (1.2, 1.2, 1.2)
     )
-    figure.colorbar(image, ax=left, label="u")
+    pictures.field(left, field.t, field.x, field.predicted, limit=1, label="u")
     levels = np.linspace(-0.9, 0.9, 10)
-    lines = {"colors": "black", "linewidths": 0.7, "linestyles": "solid"}
-    left.contour(field.t, field.x, field.exact, levels, **lines)
+    left.contour(field.t, field.x, field.exact, levels, colors="black", linewidths=0.6)
     left.set(title="network (colours), exact (lines)", xlabel="time t", ylabel="position x")
-
-    distance = np.abs(field.predicted - field.exact)
-    scale = LogNorm(vmin=1e-5, vmax=1, clip=True)
-    image = middle.pcolormesh(field.t, field.x, distance, cmap="magma", norm=scale, **style)
-    figure.colorbar(image, ax=middle, label="|u − exact|")
+    difference = np.abs(field.predicted - field.exact)
+    pictures.distance(middle, field.t, field.x, difference, (-5, 0), label="|u − exact|")
     title = f"absolute error (relative L2: {field.error:.2%})"
     middle.set(title=title, xlabel="time t", ylabel="position x")
-
-    start = 0
-    for method, history in histories.items():
-        steps = range(start, start + len(history))
-        right.semilogy(steps, history, linewidth=1.2, label=METHODS[method])
-        start += len(history)
-    right.set(title="loss", xlabel="evaluations of the loss and its gradient")
-    right.grid(alpha=0.3)
-    right.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False)
-    figure.savefig(path, dpi=140)
+    pictures.curves(right, histories, title="loss", xlabel="evaluations of loss and gradient")
+    pictures.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,28 +147,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"exact solution: passes its check, error {check_exact_solution():.0e}")
 
     fast = optimize_nested(loss.as_written, backend=options.backend)
-    inputs = [*net.parameters(), data[0]]
-    eager = side_by_side.as_written(loss.as_written, inputs)
-    compiled = side_by_side.compiled_as_written(loss.as_written, inputs, options.backend)
-    ours = side_by_side.optimized(fast, inputs)
-    contenders = [eager, compiled, ours]
-    side_by_side.take_first_steps(contenders, net, *data, backend=options.backend)
-    report = fast.explain(net, *data)
-    print(report)
-
+    side_by_side.compare(
+        f"time per step, {len(data[0])} points",
+        *(fast, [*net.parameters(), data[0]], net, *data),
+        options=options,
+    )
     shares = (
         {"adam": 1 / 6, "lbfgs": 5 / 6} if options.optimizer == "both" else {options.optimizer: 1}
     )
     histories = {
-        method: train(net, fast, data, method, math.ceil(share * steps))
+        training.METHODS[method]: training.minimise(
+            net, fast, data, method, math.ceil(share * steps)
+        )
         for method, share in shares.items()
     }
     field = evaluate(net)
     console.print(f"relative L2 error against the exact solution: {field.error:.2%}")
 
-    side_by_side.measure(contenders, net, *data, rounds=options.rounds)
-    eager.flops, ours.flops = report.flops_as_written, report.flops
-    side_by_side.print_comparison(f"time per step, {len(data[0])} points", contenders)
     draw(field, histories, options.out)
     console.print(f"picture: {options.out}", markup=False)
 

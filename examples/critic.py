@@ -1,19 +1,18 @@
 """Train a Wasserstein GAN with gradient penalty on handwritten digits; see what the penalty costs.
 
 Run `python examples/critic.py --quick` (about two minutes on two cores), or leave out `--quick` for
-a long training. You will see the report on the critic's loss, the training, and a table with the
-time per critic step of the loss as written, under torch.compile, and under optimize_nested. The
-picture `critic.png` shows real digits, generated ones, and the curves of loss and penalty. The
-images are the 8 × 8 digits that come with scikit-learn; nothing is downloaded.
+a long training. You will see the report on the critic's loss, a table with its time per step as
+written, under torch.compile and under optimize_nested, and the training. The picture `critic.png`
+shows real digits, generated ones, and the curves of loss and penalty. The images are the 8 × 8
+digits that come with scikit-learn; nothing is downloaded.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import pictures
 import side_by_side
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from side_by_side import console
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -136,29 +135,18 @@ def train(
     return history
 
 
-def show_grid(axes: Axes, images: Tensor, title: str) -> None:
-    """Show 64 images, shape (64, 1, 8, 8), as a grid of eight by eight with a gap between them."""
-    padded = nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
-    grid = padded.reshape(8, 8, 10, 10).permute(0, 2, 1, 3).reshape(80, 80)
-    axes.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1)
-    axes.set(title=title)
-    axes.set_axis_off()
-
-
 def draw(real: Tensor, fake: Tensor, history: History, path: str) -> None:
     """Draw real and generated digits, both (64, 1, 8, 8), and the critic's curves into a file."""
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    figure.suptitle("Wasserstein GAN with gradient penalty on handwritten digits")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    show_grid(left, real, "real")
-    show_grid(middle, fake, "generated")
+    figure, (left, middle, right) = pictures.panels(
+        "Wasserstein GAN with gradient penalty on handwritten digits", (1, 1, 1.25)
+    )
+    for axes, images, title in ((left, real, "real"), (middle, fake, "generated")):
+        pictures.tiles(axes, (images[:, 0].numpy() + 1) / 2, columns=8)
+        axes.set(title=title)
     right.plot(history.step, history.loss, linewidth=1.0, label="critic loss")
     right.plot(history.step, history.penalty, linewidth=1.0, label="penalty (× 10)")
-    right.set(title="critic", xlabel="critic step")
-    right.grid(alpha=0.3)
-    right.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False)
-    figure.savefig(path, dpi=140)
+    pictures.plain(right, title="critic", xlabel="critic step")
+    pictures.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,20 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sample = draw_batch(images, generator, options.batch)
 
     fast = optimize_nested(critic_loss.as_written, backend=options.backend)
-    inputs = list(critic.parameters())
-    eager = side_by_side.as_written(critic_loss.as_written, inputs)
-    compiled = side_by_side.compiled_as_written(critic_loss.as_written, inputs, options.backend)
-    ours = side_by_side.optimized(fast, inputs)
-    contenders = [eager, compiled, ours]
-    side_by_side.take_first_steps(contenders, critic, *sample, backend=options.backend)
-    report = fast.explain(critic, *sample)
-    print(report)
-
+    side_by_side.compare(
+        f"time per critic step, {options.batch} images",
+        *(fast, critic.parameters(), critic, *sample),
+        options=options,
+    )
     steps = options.steps or (1500 if options.quick else 30000)
     history = train(critic, generator, fast, images, steps, options.batch)
-    side_by_side.measure(contenders, critic, *sample, rounds=options.rounds)
-    eager.flops, ours.flops = report.flops_as_written, report.flops
-    side_by_side.print_comparison(f"time per critic step, {options.batch} images", contenders)
     real, fake, _ = draw_batch(images, generator, 64)
     draw(real, fake, history, options.out)
     console.print(f"picture: {options.out}", markup=False)

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rewriter import OptimizedLoss, Report
+
 Loss = Callable[..., torch.Tensor]
 console = Console()
 
@@ -139,6 +141,32 @@ def print_comparison(title: str, contenders: list[Contender]) -> None:
         if contender.refusal:
             name = contender.name.replace("\n", " ")
             console.print(f"{name} did not compile: {contender.refusal}", markup=False)
+
+
+def compare(
+    title: str,
+    loss: OptimizedLoss,
+    inputs: Iterable[torch.Tensor],
+    *arguments: object,
+    options: argparse.Namespace,
+    stock: bool = True,
+) -> Report:
+    """Print the report on a decorated loss, and its time per step beside the loss as written.
+
+    `stock` says whether torch.compile of the loss as written takes part too.
+    """
+    inputs = list(inputs)
+    eager, ours = as_written(loss.as_written, inputs), optimized(loss, inputs)
+    contenders = [eager, ours]
+    if stock:
+        contenders.insert(1, compiled_as_written(loss.as_written, inputs, options.backend))
+    take_first_steps(contenders, *arguments, backend=options.backend)
+    report = loss.explain(*arguments)
+    print(report)
+    eager.flops, ours.flops = report.flops_as_written, report.flops
+    measure(contenders, *arguments, rounds=options.rounds)
+    print_comparison(title, contenders)
+    return report
 
 
 def progress_bar() -> Progress:

@@ -1,53 +1,221 @@
-"""Run the examples at tiny sizes, and check the exact solution that judges one of them."""
+"""Run the examples at tiny sizes; compare their losses with themselves as written; check what
+judges them."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call, hessian, jacrev, vmap
+
+from rewriter import optimize_nested
+from tests.oracle import check, relative_error
 
 # The examples are scripts: each finds the helper beside it because its folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import burgers
 import critic
+import digits
+import flow
 import layers
+import maml
+import poisson
+import sharpness
 import side_by_side
+import training
 
 TINY = ["--backend", "eager", "--rounds", "2", "--seed", "1"]
-BURGERS = [*TINY, "--points", "32", "--steps", "6"]
-CRITIC = [*TINY, "--batch", "8", "--steps", "4"]
 
 
 @pytest.fixture(autouse=True)
 def clean_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run in a folder of its own, and leave torch's random generator and caches as they were."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flow, "STEPS", 1)
     with torch.random.fork_rng():
         yield
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "picture"),
+    ("main", "arguments", "said"),
     [
-        pytest.param(burgers.main, BURGERS, "burgers.png", id="burgers"),
-        pytest.param(burgers.main, [*BURGERS, "--optimizer", "lbfgs"], "burgers.png", id="lbfgs"),
-        pytest.param(critic.main, [*CRITIC, "--out", "digits.png"], "digits.png", id="critic"),
+        pytest.param(
+            burgers.main, ["--points", "32", "--steps", "6"], "relative L2 error", id="burgers"
+        ),
+        pytest.param(critic.main, ["--batch", "8", "--steps", "4"], "critic", id="critic"),
+        pytest.param(poisson.main, ["--points", "16", "--steps", "8"], "L-BFGS", id="poisson"),
+        pytest.param(digits.main, ["--batch", "8", "--steps", "3"], "under noise", id="digits"),
+        pytest.param(flow.main, ["--batch", "4", "--steps", "2"], "4 points", id="flow"),
+        pytest.param(maml.main, ["--tasks", "2", "--steps", "3"], "after one step", id="maml"),
+        pytest.param(
+            sharpness.main, ["--images", "12", "--steps", "3"], "sharpness at", id="sharpness"
+        ),
     ],
 )
-def test_example_runs(main, arguments: list[str], picture: str, capsys) -> None:
-    main(arguments)
+def test_example_runs(
+    main: Callable[..., None], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*TINY, *arguments, "--out", "picture.png"])
     printed = capsys.readouterr().out
-    for words in ("as written (eager)", "torch.compile", "optimize_nested", f"picture: {picture}"):
+    stock = [] if main is poisson.main else ["torch.compile"]
+    for words in ("nested derivative(s)", "as written (eager)", *stock, "optimize_nested", said):
         assert words in printed
-    if main is burgers.main:
-        assert "relative L2 error against the exact solution" in printed
-    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert "picture: picture.png" in printed
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.double() if x.is_floating_point() else x for x in tensors]
+
+
+def critic_arguments() -> list[torch.Tensor]:
+    generator = critic.make_generator(width=4)
+    return double(*critic.draw_batch(critic.load_images(), generator, batch=4))
+
+
+# loss, network, the other arguments, whether a derivative takes another form than reverse mode
+LOSSES: dict[str, tuple[Any, Callable[[], nn.Module], Callable[[], list[torch.Tensor]], bool]] = {
+    "burgers": (
+        burgers.loss,
+        lambda: burgers.make_network(width=8, depth=2),
+        lambda: [x.detach().double() for x in burgers.make_points(16)],
+        False,
+    ),
+    "poisson": (
+        poisson.loss,
+        lambda: poisson.Membrane(width=8),
+        lambda: double(torch.rand(12, 2)),
+        False,
+    ),
+    "critic": (critic.critic_loss, lambda: critic.make_critic(width=4), critic_arguments, True),
+    "digits": (
+        digits.loss,
+        lambda: digits.make_classifier(width=16),
+        lambda: double(*digits.draw_batch(*digits.load_images(), 6)),
+        True,
+    ),
+    "flow": (
+        flow.loss,
+        lambda: flow.Velocity(width=8),
+        lambda: double(*flow.draw_batch(6)),
+        True,
+    ),
+    "maml": (
+        maml.loss,
+        lambda: maml.make_network(width=8),
+        lambda: double(*maml.draw_tasks(3)),
+        True,
+    ),
+    "sharpness": (
+        sharpness.loss,
+        lambda: sharpness.make_classifier(width=8),
+        lambda: double(*sharpness.load_images(6)),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_is_the_loss_as_written(name: str) -> None:
+    """In float64, value and gradients; never at a higher price."""
+    torch.manual_seed(0)
+    loss, make_network, make_arguments, is_rewritten = LOSSES[name]
+    net, arguments = make_network().double(), make_arguments()
+    if name == "burgers":
+        arguments[0].requires_grad_()
+    report = check(loss.as_written, [net], *arguments).explain(net, *arguments)
+    assert report.sites
+    assert 0 < report.flops <= report.flops_as_written
+    if is_rewritten:
+        assert "rewritten" in {site.status for site in report.sites}
+
+
+def test_hessian_vector_product_is_that_as_written() -> None:
+    torch.manual_seed(0)
+    net = sharpness.make_classifier(width=8).double()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    arguments = (net, parameters, direction, *double(*sharpness.load_images(6)))
+    fast = optimize_nested(sharpness.hessian_vector.as_written, backend="eager")
+    expected = sharpness.hessian_vector.as_written(*arguments)
+    for name, product in fast(*arguments).items():
+        assert relative_error(product, expected[name]) <= 1e-9
+    report = fast.explain(*arguments)
+    assert {site.status for site in report.sites} == {"rewritten"}
+    assert report.flops < 0.8 * report.flops_as_written
+
+
+def test_sharpness_is_the_largest_eigenvalue() -> None:
+    torch.manual_seed(0)
+    net = sharpness.make_classifier(width=2).double()
+    data = double(*sharpness.load_images(20))
+    start = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    found, _ = sharpness.sharpness(sharpness.hessian_vector.as_written, net, start, data, rounds=60)
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    def error(flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([p.numel() for p in net.parameters()])
+        named = zip(net.named_parameters(), parts, strict=True)
+        parameters = {name: part.reshape(p.shape) for (name, p), part in named}
+        return sharpness.error(net, parameters, *data)
+
+    largest = torch.linalg.eigvalsh(hessian(error)(flat))[-1].item()
+    assert found == pytest.approx(largest, rel=1e-3)
+
+
+def test_penalty_over_all_directions_is_the_square_of_the_jacobian() -> None:
+    torch.manual_seed(0)
+    net = digits.make_classifier(width=16).double()
+    images, labels = double(*digits.load_images())
+    image, label = images[:1].expand(10, -1), labels[:1].expand(10)
+    directions = torch.eye(10, dtype=torch.float64)
+    penalty = digits.loss.as_written(net, image, label, directions)
+    penalty = (penalty - digits.usual_loss(net, image, label, directions)) / digits.WEIGHT
+    torch.testing.assert_close(penalty, jacrev(net)(images[0]).square().sum())
+
+
+def test_adapted_network_has_taken_a_step() -> None:
+    torch.manual_seed(0)
+    net = maml.make_network(width=8)
+    x, y, *_ = (tensor[0] for tensor in maml.draw_tasks(1))
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    expected = functional_call(net, maml.adapted(net, parameters, x, y), (x,))
+    optimizer = torch.optim.SGD(net.parameters(), lr=maml.RATE)
+    (net(x) - y).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_density_of_a_flow_sums_to_one() -> None:
+    torch.manual_seed(0)
+    velocity = flow.Velocity(width=8).double()
+    for p in velocity.parameters():
+        p.data.mul_(2)
+    x = torch.linspace(-12, 12, 121, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(x, x, indexing="xy"), dim=-1).flatten(0, 1)
+    signs = [torch.tensor([[1.0, sign]], dtype=torch.float64) for sign in (1.0, -1.0)]
+    logs = [flow.log_density(velocity, grid, s.expand_as(grid), steps=8) for s in signs]
+    assert (logs[0] - logs[1]).abs().max() > 0.01  # the estimate depends on the direction
+    total = ((logs[0] + logs[1]) / 2).exp().sum() * (x[1] - x[0]) ** 2
+    assert total.item() == pytest.approx(1, abs=1e-4)
+
+
+def test_poisson_source_is_that_of_the_solution() -> None:
+    torch.manual_seed(0)
+    points = torch.rand(9, 2, dtype=torch.float64)
+    laplacians = vmap(hessian(poisson.exact_solution))(points).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(-laplacians, poisson.source(points))
+    sides = torch.tensor([[0.0, 0.3], [1.0, 0.6], [0.2, 0.0], [0.7, 1.0]])
+    assert not poisson.Membrane()(sides).any()
 
 
 def test_layers_run(capsys) -> None:
@@ -62,7 +230,7 @@ def test_layers_run(capsys) -> None:
 def test_training_lowers_the_loss(method: str) -> None:
     torch.manual_seed(0)
     net, data = burgers.make_network(width=8, depth=2), burgers.make_points(64)
-    history = burgers.train(net, burgers.loss.as_written, data, method, steps=40)
+    history = training.minimise(net, burgers.loss.as_written, data, method, steps=40)
     assert len(history) >= 40
     assert min(history[-5:]) < 0.8 * history[0]
 
