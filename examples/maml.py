@@ -99,7 +99,7 @@ def draw(nets: dict[str, nn.Module], path: str) -> dict[str, float]:
             label = f"after {count} step{'s' * (count != 1)}"
             plot.plot(x, functional_call(net, steps[count], (x,)), style, label=label)
         plot.plot(points, 3.5 * torch.sin(points - 1), "v", color="black", markersize=5)
-        pictures.plain(plot, title=name, ylim=(-6, 6))
+        pictures.plain(plot, legend=plot is plots[0], title=name, ylim=(-6, 6))
         errors = [
             [error(net, p, new_x, new_y).item() for p in adapt(net, x, y, 10)]
             for x, y, new_x, new_y in zip(*tasks, strict=True)

@@ -71,7 +71,7 @@ def sharpness(
     data: Sequence[Tensor],
     rounds: int = 8,
 ) -> tuple[float, Parameters]:
-    """Return the largest eigenvalue and its direction by power iteration, begun at a direction."""
+    """Return the size of the largest eigenvalue and its direction, by power iteration from one."""
     parameters = {name: p.detach() for name, p in net.named_parameters()}
     value = norm(direction)
     for _ in range(rounds):

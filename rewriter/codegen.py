@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext, tracing
 from torch._inductor import aoti_compile_and_package, list_mode_options
 from torch._inductor import config as inductor_config
@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 
 from passes.graph import copy_graph, hint, is_random, placeholders, value_of
 from passes.tracing import fake_mode_of
+from rewriter.capture import replaced
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 
 Compiled = Callable[..., Sequence[Any]]
@@ -150,22 +151,9 @@ def load_package(path: str) -> Compiled:
             return loader.boxed_run(list(inputs))
 
     return run
-
-
-@contextlib.contextmanager
-def _floats_left_alone() -> Iterator[None]:
     """Keep Inductor from asking Dynamo to begin anew without symbols for Python floats: those that
     change are tensors in our graphs, although the examples' mode still knows the symbols."""
-    name = "TENSORIFY_PYTHON_SCALARS"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return replaced(graph_compile, "tensorify_python_scalars", lambda *_: None)
 
 
 def _op_by_op(module: GraphModule) -> Compiled:
