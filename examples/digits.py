@@ -89,7 +89,7 @@ def draw(nets: dict[str, nn.Module], images: Tensor, labels: Tensor, path: str) 
         "A penalty on the Jacobian makes a classifier robust", (1.3, 1, 1)
     )
     at = {}
-    shown = (images[:32] + STRENGTH * noise[0, :32]).clamp(0, 1)
+    shown = (images[:36] + STRENGTH * noise[0, :36]).clamp(0, 1)
     for grid, (name, net) in zip(grids, nets.items(), strict=True):
         accuracies = [
             is_right(net, images + float(strength) * noise, labels).double().mean().item()
@@ -97,10 +97,10 @@ def draw(nets: dict[str, nn.Module], images: Tensor, labels: Tensor, path: str) 
         ]
         at[name] = float(np.interp(STRENGTH, STRENGTHS, accuracies))
         left.plot(STRENGTHS, accuracies, marker=".", label=name)
-        right = is_right(net, images[:32] + STRENGTH * noise[0, :32], labels[:32])
+        right = is_right(net, images[:36] + STRENGTH * noise[0, :36], labels[:36])
         colours = ["tab:green" if known else "tab:red" for known in right]
-        pictures.tiles(grid, shown.reshape(-1, 8, 8).numpy(), columns=8, colours=colours)
-        grid.set(title=f"{name}: {int(right.sum())} of 32 right")
+        pictures.tiles(grid, shown.reshape(-1, 8, 8).numpy(), columns=6, colours=colours)
+        grid.set(title=f"{name}: {int(right.sum())} of 36 right")
     texts = {"xlabel": "standard deviation of the noise", "ylabel": "accuracy on unseen digits"}
     pictures.plain(left, **texts)
     pictures.save(figure, path)

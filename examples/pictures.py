@@ -60,8 +60,6 @@ def tiles(axes: Axes, images: ndarray, columns: int, colours: Iterable[str] = ()
     """Show images in [0, 1], shape (count, height, width), row by row, framed in given colours."""
     count, height, width = images.shape
     rows = -(-count // columns)
-    axes.set(xlim=(0, columns), ylim=(rows, 0), aspect=height / width)
-    axes.set_axis_off()
     for k, (image, colour) in enumerate(itertools.zip_longest(images, colours)):
         row, column = divmod(k, columns)
         box = (column + 0.06, column + 0.94, row + 0.94, row + 0.06)
@@ -73,6 +71,8 @@ def tiles(axes: Axes, images: ndarray, columns: int, colours: Iterable[str] = ()
                 color=colour,
                 linewidth=2.5,
             )
+    axes.set(xlim=(0, columns), ylim=(rows, 0), aspect=height / width)  # imshow sets its own
+    axes.set_axis_off()
 
 
 def save(figure: Figure, path: str) -> None:
