@@ -151,6 +151,9 @@ def load_package(path: str) -> Compiled:
             return loader.boxed_run(list(inputs))
 
     return run
+
+
+def _floats_left_alone() -> contextlib.AbstractContextManager[None]:
     """Keep Inductor from asking Dynamo to begin anew without symbols for Python floats: those that
     change are tensors in our graphs, although the examples' mode still knows the symbols."""
     return replaced(graph_compile, "tensorify_python_scalars", lambda *_: None)
