@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.workloads import WORKLOADS, Case, Workload
 from rewriter import optimize_nested
-from rewriter.bench import Timing, compiled_as_written, race
+from rewriter.bench import Contender, compiled_as_written, measure, nothing_compiled_before
+from rewriter.naming import named_tensors
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COLOURS = {"E": "#9aa0a6", "C": "#56b4e9", "F": "#e69f00", "O": "#009e73"}
@@ -36,17 +37,17 @@ class Row:
 
     workload: Workload
     case: Case
-    timings: dict[str, Timing]
+    contenders: dict[str, Contender]
     flops: dict[str, float]
 
     @property
     def best_other(self) -> float:
         """Median seconds of the best form that is not ours."""
-        found = [t.median for name, t in self.timings.items() if name != "O" and not t.refusal]
+        found = [t.median for name, t in self.contenders.items() if name != "O" and not t.refusal]
         return min(found)
 
 
-def measure(workload: Workload, case: Case, rounds: int, device: str, on_step: Any) -> Row:
+def run(workload: Workload, case: Case, rounds: int, device: str, on_step: Any) -> Row:
     """Let the forms of one case take turns."""
     args = [moved(value, device) for value in case.args]
     ours = optimize_nested(case.loss, **case.options)
@@ -55,7 +56,13 @@ def measure(workload: Workload, case: Case, rounds: int, device: str, on_step: A
     if case.func_form is not None:
         forms["F"] = compiled_as_written(case.func_form)
     forms["O"] = ours
-    timings = race(forms, args, {}, rounds=rounds, warm_up=2, on_step=on_step)
+    wanted = [x for x in named_tensors(case.loss, args, {}).values() if x.requires_grad]
+    contenders = [Contender(name, form, wanted) for name, form in forms.items()]
+    with nothing_compiled_before():
+        for contender in contenders:
+            on_step(contender.name)
+            contender.first_step(*args)
+    measure(contenders, *args, rounds=rounds, warm_up=2, on_step=on_step)
     flops = {}
     if case.forward is not None:
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
@@ -64,7 +71,7 @@ def measure(workload: Workload, case: Case, rounds: int, device: str, on_step: A
         flops = {"E": report.flops_as_written / unit, "O": report.flops / unit}
     torch._dynamo.reset()
     gc.collect()
-    return Row(workload, case, {t.name: t for t in timings}, flops)
+    return Row(workload, case, {c.name: c for c in contenders}, flops)
 
 
 def moved(value: Any, device: str) -> Any:
@@ -86,26 +93,26 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         cells = [str(row.workload.number), row.workload.name, row.case.name]
         for name in ("E", "C", "F", "O"):
-            timing = row.timings.get(name)
-            cells.append("" if timing is None else _ms(timing))
-        ours, eager = row.timings["O"], row.timings["E"]
+            contender = row.contenders.get(name)
+            cells.append("" if contender is None else _ms(contender))
+        ours, eager = row.contenders["O"], row.contenders["E"]
         cells += [f"{ours.speedup(eager):.2f} ×", f"{row.best_other / ours.median:.2f} ×"]
         cells += [f"{row.flops[n]:.2f}" if n in row.flops else "" for n in ("E", "O")]
         cells.append("" if row.case.flops_over_f is None else f"{row.case.flops_over_f:g}")
-        compiled = row.timings["C"]
+        compiled = row.contenders["C"]
         cells += ["–" if compiled.refusal else f"{compiled.first_seconds:.1f}"]
         cells += [f"{ours.first_seconds:.1f}", f"{ours.distance(eager):.0e}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _ms(timing: Timing) -> str:
-    return "refused" if timing.refusal else f"{timing.median * 1e3:.2f}"
+def _ms(contender: Contender) -> str:
+    return "refused" if contender.refusal else f"{contender.median * 1e3:.2f}"
 
 
 def page(rows: list[Row], rounds: int) -> str:
     """Return the page with the table, the machine and what the other forms refused."""
-    speedups = [row.timings["O"].speedup(row.timings["E"]) for row in rows]
+    speedups = [row.contenders["O"].speedup(row.contenders["E"]) for row in rows]
     mean = statistics.geometric_mean(speedups)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     lines = [
@@ -128,10 +135,10 @@ def page(rows: list[Row], rounds: int) -> str:
         "",
     ]
     for row in rows:
-        for timing in row.timings.values():
-            if timing.refusal:
+        for contender in row.contenders.values():
+            if contender.refusal:
                 lines.append(
-                    f"- {row.workload.name}, {row.case.name}, {timing.name}: {timing.refusal}"
+                    f"- {row.workload.name}, {row.case.name}, {contender.name}: {contender.refusal}"
                 )
     return "\n".join(lines) + "\n"
 
@@ -142,9 +149,9 @@ def draw(rows: list[Row], path: Path) -> None:
     axes = figure.subplots()
     for number, name in enumerate(("C", "F", "O")):
         for index, row in enumerate(rows):
-            timing = row.timings.get(name)
-            if timing is not None and not timing.refusal:
-                speedup = timing.speedup(row.timings["E"])
+            contender = row.contenders.get(name)
+            if contender is not None and not contender.refusal:
+                speedup = contender.speedup(row.contenders["E"])
                 axes.barh(index + 0.27 * (number - 1), speedup, 0.25, color=COLOURS[name])
     axes.axvline(1.0, color=COLOURS["E"], linewidth=1)
     axes.set_yticks(
@@ -180,7 +187,7 @@ def main() -> None:
             for case in cases[:1] if options.quick else cases:
                 task = progress.add_task(f"{workload.name}, {case.name}", total=None)
                 step = lambda name, task=task: progress.advance(task)  # noqa: E731
-                rows.append(measure(workload, case, rounds, device, step))
+                rows.append(run(workload, case, rounds, device, step))
                 progress.update(task, total=1, completed=1)
     options.out.write_text(page(rows, rounds), encoding="utf-8")
     draw(rows, options.out.with_suffix(".svg"))

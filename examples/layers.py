@@ -16,12 +16,11 @@ from typing import Any
 
 import side_by_side
 import torch
-from side_by_side import Contender, console
+from side_by_side import console
 from torch import Tensor, nn
 
 from rewriter import optimize_nested
-
-Loss = Callable[..., Tensor]
+from rewriter.bench import Contender, Loss, measure
 
 
 def penalty(net: nn.Module, x: Tensor) -> Tensor:
@@ -177,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     for work in workloads():
         racing = contenders(work, options.backend)
         side_by_side.take_first_steps(racing, *work.arguments, backend=options.backend)
-        side_by_side.measure(racing, *work.arguments, rounds=options.rounds)
+        measure(racing, *work.arguments, rounds=options.rounds)
         side_by_side.print_comparison(work.name, racing)
     overhead(options.backend)
 

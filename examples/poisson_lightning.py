@@ -12,11 +12,12 @@ import pytorch_lightning as lightning
 import side_by_side
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
-from side_by_side import Loss, console
+from side_by_side import console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rewriter import optimize_nested
+from rewriter.bench import Loss
 
 
 class Solver(lightning.LightningModule):

@@ -1,4 +1,8 @@
-"""Time several forms of one loss side by side."""
+"""Time one loss evaluated in several ways, side by side.
+
+A step is the loss and its backward pass, without the optimizer. The ways take turns (A B C, A B C,
+…) in one run, so that a machine that slows down or speeds up does so for all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +11,84 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from torch import Tensor
-
-from rewriter.naming import named_tensors
 
 Loss = Callable[..., Tensor]
 
 
-@dataclass
-class Timing:
-    """What the steps of one form took. A step is the loss and its backward pass, no optimizer.
+class Contender:
+    """One way to evaluate a loss, and what its steps take.
 
     Attributes:
-        name: The form.
+        name: What it is called in a table.
+        loss: The way.
+        inputs: Tensors whose gradients a step fills, in the same order for every contender.
+        flops: Matmul and convolution FLOPs of a step, if they are known.
         first_seconds: The first step, which compiles.
-        seconds: The later ones.
-        gradients: Those of the first step, by name.
+        seconds: The timed steps.
+        gradients: Those of the first step, one after the other.
         peak_bytes: The most memory that a step had allocated at once on the GPU; None without one.
-        refusal: The error of the first step, if it failed: then there is nothing else.
+        refusal: The error of the first step, if it failed; then nothing else is there.
     """
 
-    name: str
-    first_seconds: float = float("nan")
-    seconds: list[float] = field(default_factory=list)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    peak_bytes: int | None = None
-    refusal: str = ""
+    def __init__(self, name: str, loss: Loss, inputs: Iterable[Tensor]) -> None:
+        self.name, self.loss, self.inputs = name, loss, list(inputs)
+        self.flops: float | None = None
+        self.first_seconds = float("nan")
+        self.seconds: list[float] = []
+        self.gradients = torch.empty(0)
+        self.peak_bytes: int | None = None
+        self.refusal = ""
 
     @property
     def median(self) -> float:
-        """Seconds, the median of the later steps."""
+        """Seconds, the median of the timed steps."""
         return statistics.median(self.seconds)
 
-    def speedup(self, reference: Timing) -> float:
-        """Return how often a step fits in one of the reference's: the median over the rounds."""
+    def speedup(self, reference: Contender) -> float:
+        """Return how many of its steps take as long as one of the reference's: the median over the
+        rounds."""
         pairs = zip(reference.seconds, self.seconds, strict=True)
         return statistics.median(theirs / own for theirs, own in pairs)
 
-    def distance(self, reference: Timing) -> float:
+    def distance(self, reference: Contender) -> float:
         """Return the relative distance of the gradients from the reference's."""
-        pairs = [(g, self.gradients.get(name)) for name, g in reference.gradients.items()]
-        difference = sum(float((g if h is None else g - h).norm() ** 2) for g, h in pairs)
-        size = sum(float(g.norm() ** 2) for g, _ in pairs)
-        return (difference / size) ** 0.5 if size else difference**0.5
+        difference, size = self.gradients - reference.gradients, reference.gradients.norm()
+        return float(difference.norm() / size if size else difference.norm())
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Evaluate loss and backward pass from cleared gradients; return the seconds it took."""
+        for x in self.inputs:
+            x.grad = None
+        on_gpu = torch.cuda.is_initialized()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        self.loss(*args, **kwargs).backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+        return time.perf_counter() - start
+
+    def first_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step that compiles; keep its time and gradients, or its refusal."""
+        try:
+            self.first_seconds = self.step(*args, **kwargs)
+        # Whatever a compiler raises is a result: the table has the reason in place of the time.
+        except Exception as error:
+            reason = str(error).strip() or "no reason given"
+            self.refusal = f"{type(error).__name__}: {reason.splitlines()[0]}"
+            return
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.inputs]
+        self.gradients = torch.cat([g.detach().flatten() for g in grads])
 
 
 def compiled_as_written(loss: Loss, backend: str = "inductor") -> Loss:
@@ -72,85 +105,81 @@ def compiled_as_written(loss: Loss, backend: str = "inductor") -> Loss:
     return call
 
 
-def race(
-    forms: Mapping[str, Loss],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    rounds: int,
-    warm_up: int = 3,
-    cold: bool = True,
-    on_step: Callable[[str], object] = lambda name: None,
-) -> list[Timing]:
-    """Let forms of a loss take turns (A B C, A B C, …) on the same arguments, so that a machine
-    that slows down or speeds up does so for all alike.
-
-    Gradients of the arguments are left at None.
-
-    Args:
-        forms: The forms, by name; the first one is the reference.
-        args: Arguments of each.
-        kwargs: Keyword arguments of each.
-        rounds: Timed steps of each.
-        warm_up: Untimed steps before them.
-        cold: Whether first steps find nothing compiled before, as on a new machine.
-        on_step: Is told the form before each step.
-    """
-    reference = next(iter(forms.values()))
-    tensors = named_tensors(getattr(reference, "as_written", reference), tuple(args), dict(kwargs))
-    tensors = {name: x for name, x in tensors.items() if x.requires_grad}
-    timings = [Timing(name) for name in forms]
-
-    def step(timing: Timing) -> float:
-        on_step(timing.name)
-        for x in tensors.values():
-            x.grad = None
-        _synchronize()
-        start = time.perf_counter()
-        forms[timing.name](*args, **kwargs).backward()
-        _synchronize()
-        return time.perf_counter() - start
-
-    with _empty_cache() if cold else contextlib.nullcontext():
-        for timing in timings:
-            try:
-                timing.first_seconds = step(timing)
-            # Whatever a compiler raises is a result: the table has the reason in place of the time.
-            except Exception as error:
-                if timing is timings[0]:
-                    raise
-                text = (str(error).strip() or "no reason given").splitlines()[0]
-                timing.refusal = f"{type(error).__name__}: {text}"
-            else:
-                found = {name: x.grad for name, x in tensors.items()}
-                timing.gradients = {n: g.clone() for n, g in found.items() if g is not None}
-    racing = [timing for timing in timings if not timing.refusal]
-    for turn in range(warm_up + rounds):
-        for timing in racing:
-            if torch.cuda.is_initialized():
-                torch.cuda.reset_peak_memory_stats()
-            seconds = step(timing)
-            if turn >= warm_up:
-                timing.seconds.append(seconds)
-            if torch.cuda.is_initialized():
-                timing.peak_bytes = torch.cuda.max_memory_allocated()
-    for x in tensors.values():
-        x.grad = None
-    return timings
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 @contextlib.contextmanager
-def _empty_cache() -> Iterator[None]:
-    """Compile as on a new machine. PyTorch keeps compiled code on disk; imports and compiler
-    processes are no form's time."""
+def nothing_compiled_before(backend: str = "inductor") -> Iterator[None]:
+    """Compile as on a new machine.
+
+    PyTorch keeps compiled code on disk, so the cache is an empty folder meanwhile. A function of no
+    interest is compiled first: imports and compiler processes are not any contender's time.
+    """
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
     ):
-        torch.compile(lambda x: (x @ x).sin())(torch.ones(4, 4))
+        torch.compile(lambda x: (x @ x).sin(), backend=backend)(torch.ones(4, 4))
         yield
+
+
+def measure(
+    contenders: Sequence[Contender],
+    *args: Any,
+    rounds: int,
+    warm_up: int = 3,
+    on_step: Callable[[str], object] = lambda name: None,
+    **kwargs: Any,
+) -> None:
+    """Let the contenders take turns.
+
+    Args:
+        contenders: Those whose first step was refused do not take part.
+        *args: The loss's arguments.
+        rounds: Timed steps of each.
+        warm_up: Untimed steps before them.
+        on_step: Is told the contender's name before each step.
+        **kwargs: The loss's keyword arguments.
+    """
+    racing = [contender for contender in contenders if not contender.refusal]
+    for turn in range(warm_up + rounds):
+        for contender in racing:
+            on_step(contender.name)
+            seconds = contender.step(*args, **kwargs)
+            if turn >= warm_up:
+                contender.seconds.append(seconds)
+
+
+def comparison(title: str, contenders: Sequence[Contender]) -> Table:
+    """Return the measured contenders beside the first one, as a table."""
+    caption = (
+        "A step is loss + backward, no optimizer. Speed-up: median over the rounds.\n"
+        "FLOPs: matmul and convolution. Gradients: relative distance, first step."
+    )
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "gradient\ndiffers"]
+    if any(contender.peak_bytes is not None for contender in contenders):
+        headings.append("peak\nMiB")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for contender in contenders:
+        cells = ["–"] * 6 if contender.refusal else _cells(contender, contenders[0])
+        if contender.peak_bytes is not None:
+            cells.append(f"{contender.peak_bytes / 2**20:.1f}")
+        table.add_row(contender.name, *cells)
+    return table
+
+
+def _cells(contender: Contender, reference: Contender) -> list[str]:
+    return [
+        f"{min(contender.seconds) * 1e3:.3f}",
+        f"{contender.median * 1e3:.3f}",
+        f"{contender.speedup(reference):.2f} ×",
+        f"{contender.first_seconds:.1f}",
+        "" if contender.flops is None else f"{contender.flops / 1e6:.3f}",
+        "" if contender is reference else f"{contender.distance(reference):.0e}",
+    ]
+
+
+def refusals(contenders: Iterable[Contender]) -> list[str]:
+    """Return a line for each contender that did not run."""
+    found = [(c.name.replace("\n", " "), c.refusal) for c in contenders if c.refusal]
+    return [f"{name} did not run: {refusal}" for name, refusal in found]

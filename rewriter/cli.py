@@ -6,9 +6,9 @@ command was not understood. An error in the user's own code is shown as Python s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +25,17 @@ from torch import Tensor, nn
 
 from rewriter.ahead.load import load
 from rewriter.api import optimize_nested
-from rewriter.bench import Timing, compiled_as_written, race
+from rewriter.bench import (
+    Contender,
+    comparison,
+    compiled_as_written,
+    measure,
+    nothing_compiled_before,
+    refusals,
+)
 from rewriter.doctor import BAD, GOOD, WARNING, examine
 from rewriter.errors import OptimizeNestedError
+from rewriter.naming import named_tensors
 from rewriter.options import BACKENDS, CAPTURES, MODES
 from rewriter.report import Report
 from rewriter.target import Target, TargetError, find, find_target, make_arguments
@@ -228,61 +236,43 @@ def bench(target: Target, rounds: int, warm_up: int, warm_cache: bool, also: Seq
     """Time a loss as written, under torch.compile, and optimized; the forms take turns."""
     loss, backend = target.loss, target.loss.options.backend
     report = _report(target)
-    forms: dict[str, Callable[..., Any]] = {
-        "as written": loss.as_written,
-        "torch.compile": compiled_as_written(loss.as_written, backend),
-    }
-    for name in also:
-        other = find(name)
-        forms[name] = compiled_as_written(getattr(other, "as_written", other), backend)
+    others = {name: getattr(other, "as_written", other) for name, other in _found(also)}
+    forms: dict[str, Callable[..., Any]] = {"as written": loss.as_written}
+    for name, other in {"torch.compile": loss.as_written, **others}.items():
+        forms[name] = compiled_as_written(other, backend)
     forms["optimize_nested"] = loss
+    tensors = named_tensors(loss.as_written, target.args, target.kwargs)
+    wanted = [x for x in tensors.values() if x.requires_grad]
+    contenders = [Contender(name, form, wanted) for name, form in forms.items()]
+    contenders[0].flops, contenders[-1].flops = report.flops_as_written, report.flops
+    contenders[0].step(*target.args, **target.kwargs)  # what is wrong with the loss itself is said
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=aside) as progress:
         task = progress.add_task("", total=len(forms) * (rounds + warm_up + 1))
-        timings = race(
-            forms,
-            target.args,
-            target.kwargs,
+
+        def stepping(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        with contextlib.nullcontext() if warm_cache else nothing_compiled_before(backend):
+            for contender in contenders:
+                stepping(contender.name)
+                contender.first_step(*target.args, **target.kwargs)
+        measure(
+            contenders,
+            *target.args,
             rounds=rounds,
             warm_up=warm_up,
-            cold=not warm_cache,
-            on_step=lambda name: progress.update(task, advance=1, description=name),
+            on_step=stepping,
+            **target.kwargs,
         )
-    flops = {"as written": report.flops_as_written, "optimize_nested": report.flops}
-    out.print(_comparison(loss.name, timings, flops if report.captured else {}))
-    for timing in timings:
-        if timing.refusal:
-            out.print(f"{timing.name} did not run: {timing.refusal}", markup=False, highlight=False)
+    out.print(comparison(loss.name, contenders))
+    for line in refusals(contenders):
+        out.print(line, markup=False, highlight=False)
     _fail_unless_captured(report)
 
 
-def _comparison(title: str, timings: Sequence[Timing], flops: Mapping[str, int]) -> Table:
-    caption = (
-        "A step is loss + backward. Speed-up: median over the rounds. FLOPs: matmul and convolution"
-    )
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "gradient\ndiffers"]
-    with_memory = any(timing.peak_bytes is not None for timing in timings)
-    for heading in [*headings, *(["peak\nMiB"] if with_memory else [])]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    reference = timings[0]
-    for timing in timings:
-        if timing.refusal:
-            table.add_row(timing.name, *("–",) * len(headings))
-            continue
-        peak = [] if timing.peak_bytes is None else [f"{timing.peak_bytes / 2**20:.1f}"]
-        table.add_row(
-            timing.name,
-            f"{min(timing.seconds) * 1e3:.3f}",
-            f"{statistics.median(timing.seconds) * 1e3:.3f}",
-            f"{timing.speedup(reference):.2f} ×",
-            f"{timing.first_seconds:.1f}",
-            f"{flops[timing.name] / 1e6:.3f}" if timing.name in flops else "",
-            "" if timing is reference else f"{timing.distance(reference):.0e}",
-            *peak,
-        )
-    return table
+def _found(names: Sequence[str]) -> list[tuple[str, Any]]:
+    return [(name, find(name)) for name in names]
 
 
 @app.command("compile")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
 from rewriter import optimize_nested
+from rewriter.bench import Contender, measure
 from tests.oracle import check, relative_error
 
 # The examples are scripts: each finds the helper beside it because its folder is on the path.
@@ -276,9 +277,9 @@ def test_contenders_agree_on_the_gradient() -> None:
     sample = critic.draw_batch(critic.load_images(), critic.make_generator(width=4), batch=4)
     network = critic.make_critic(width=4)
     inputs = list(network.parameters())
-    eager = side_by_side.as_written(critic.critic_loss.as_written, inputs)
+    eager = Contender("as written", critic.critic_loss.as_written, inputs)
     ours = critic.optimize_nested(critic.critic_loss.as_written, backend="eager")
-    rewritten = side_by_side.optimized(ours, inputs)
+    rewritten = Contender("optimize_nested", ours, inputs)
     for contender in (eager, rewritten):
         contender.first_step(network, *sample)
         assert not contender.refusal
@@ -292,14 +293,14 @@ def test_a_refusal_stands_in_the_place_of_a_time(capsys) -> None:
         raise RuntimeError("cannot trace this\nand much more")
 
     contenders = [
-        side_by_side.as_written(weight.sum, [weight]),
-        side_by_side.Contender("refused", refused, [weight]),
+        Contender("as written", weight.sum, [weight]),
+        Contender("refused", refused, [weight]),
     ]
     for contender in contenders:
         contender.first_step()
-    side_by_side.measure(contenders, rounds=2)
+    measure(contenders, rounds=2)
     side_by_side.print_comparison("title", contenders)
     printed = capsys.readouterr().out
-    assert "refused did not compile: RuntimeError: cannot trace this" in printed
+    assert "refused did not run: RuntimeError: cannot trace this" in printed
     assert "much more" not in printed
     assert contenders[1].seconds == []
