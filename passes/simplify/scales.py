@@ -71,7 +71,7 @@ def share_scaled(graph: Graph) -> int:
         scaled = found[node] = _scaled(node, found)
         if not scaled.scales:
             plain.setdefault(scaled.key, node)
-        if not scaled.scales or not is_float(node):
+        if node in scaled.scales or not scaled.scales or not is_float(node):
             continue
         base = plain.get(scaled.key)
         if base is None or _source(node).target not in _DEAR or not _is_same_layout(base, node):

@@ -97,6 +97,12 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
         1,
     ),
     # What must stay.
+    "a product that is a scale": (
+        lambda x, v, w: (torch.ones(5, 1, dtype=x.dtype) @ w, x @ v, (x @ v) @ w),
+        (R, (4, 1), (1, 4)),
+        1,
+        2,
+    ),
     "alone": (lambda s, x, w: ((s * x) @ w,), (S, R, SQUARE), 0, 1),
     "scale of columns": (lambda s, x, w: (x @ w, (s * x) @ w), ((1, 4), R, SQUARE), 0, 2),
     "not linear": (lambda s, x, w: (x.tanh() @ w, (s * x).tanh() @ w), (S, R, SQUARE), 0, 2),
