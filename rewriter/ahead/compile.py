@@ -16,7 +16,7 @@ from passes.graph import placeholders, print_graph, value_of
 from rewriter.ahead.archive import MANIFEST, canonical, digest, pack, unpack, write_whole
 from rewriter.ahead.cache import cached
 from rewriter.ahead.decode import encode
-from rewriter.ahead.dynamic import declared_sizes, mark
+from rewriter.ahead.dynamic import declared_sizes, kernels_not_chosen, mark
 from rewriter.ahead.machine import machine_for
 from rewriter.ahead.manifest import (
     FORMAT,
@@ -118,7 +118,7 @@ def _programs(
     others = [mode for mode in MODES if mode != now] if modules else []
     tried: list[str | None] = [*wish] if wish else [None, *others]
     for mode in tried:
-        with in_mode(modules, mode):
+        with in_mode(modules, mode), kernels_not_chosen():
             flags = {
                 name: {path: m.training for path, m in root.named_modules()}
                 for name, root in call.roots.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from passes.graph import hint, placeholders, value_of
+from passes.tracing import without_fused_kernels
 from rewriter.ahead.manifest import Size
 from rewriter.ahead.sizes import evaluated, shown, size_of
 from rewriter.capture import mark_dynamic
@@ -140,6 +142,15 @@ def mark(declared: list[Declared]) -> None:
     """Tell Dynamo which sizes to leave open."""
     for one in declared:
         mark_dynamic(one.tensor, one.dim, one.least, one.most)
+
+
+@contextlib.contextmanager
+def kernels_not_chosen() -> Iterator[None]:
+    """Keep convolutions, in the block, from asking for the size of their batch, which they do to
+    choose between oneDNN, NNPACK and PyTorch's own: graphs would hold for the sizes of one choice.
+    """
+    with without_fused_kernels(), torch.backends.nnpack.flags(enabled=False):
+        yield
 
 
 def check_declared(

@@ -137,6 +137,11 @@ def graphs_of(rewritten: Rewritten) -> dict[str, GraphModule]:
     n_inputs = len(placeholders(rewritten.derivative.graph))
     late = placeholders(rewritten.joint.graph)[n_inputs:]
     halves = split(rewritten.joint, late, roles.n_outputs + len(roles.updated))
+    for node in placeholders(halves.tangent.graph):
+        value = value_of(node)
+        if isinstance(value, Tensor):
+            # Code is compiled for strides, and these are what the pullback is given.
+            node.meta["val"] = torch.empty_like(value, memory_format=torch.contiguous_format)
     return {"step": halves.primal, "pullback": halves.tangent, **graphs}
 
 

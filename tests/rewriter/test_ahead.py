@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 import passes.tangent_tables
+from passes.graph import placeholders, value_of
 from rewriter import (
     ArtifactError,
     CaptureError,
@@ -33,6 +34,9 @@ from rewriter import (
 from rewriter.ahead import compile as compiling
 from rewriter.ahead.dynamic import declared_sizes
 from rewriter.ahead.loaded import Loaded
+from rewriter.ahead.observe import graphs_of, observe
+from rewriter.ahead.signature import take_apart
+from rewriter.options import Options
 from tests.oracle import assert_same, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,6 +280,43 @@ def test_several_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(*grads)
     with pytest.raises(TypeError, match="must return one scalar tensor"):
         loaded.value_and_grad(net().state_dict(), x)
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    """Weights in another memory order, a batch that no choice of kernel fixes; what the pullback is
+    compiled for is what it is given."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 1))
+    model = body.to(memory_format=torch.channels_last)
+
+    def rows(net: nn.Module, x: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        (g,) = grad(net(p).sum(), p, create_graph=True)
+        return g.flatten(1).square().sum(1)
+
+    x = torch.randn(8, 2, 5, 5)
+    loaded = made(tmp_path / "file", rows, model, x, modes=["train"], dynamic={"x": {0: "batch"}})
+    orders = {i.name: i.kind.order for i in loaded.manifest.programs[0].inputs}
+    assert orders["net.0.weight"] == (0, 2, 3, 1)
+    for n in (20, 3):
+        x, weight = torch.randn(n, 2, 5, 5), torch.rand(n)
+        grads = []
+        for loss in (loaded.bind(model), lambda x: rows(model, x)):
+            model.zero_grad()
+            loss(x).backward(weight)
+            grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+        torch.testing.assert_close(*grads)
+    call = take_apart(rows, (model, x), {})
+    pullback = graphs_of(observe(rows, Options(backend="eager"), call.args, call.kwargs).rewritten)[
+        "pullback"
+    ]
+    given = [value_of(node) for node in placeholders(pullback.graph)]
+    assert len(given) > 3 and all(value.is_contiguous() for value in given)
+    contiguous = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 1))
+    with pytest.raises(
+        ValueError, match=r"net.0.weight: expected memory in the order .*0, 2, 3, 1"
+    ):
+        loaded.bind(contiguous)(x)
 
 
 def test_structures_of_arguments(tmp_path: Path) -> None:
