@@ -17,7 +17,7 @@ forces = example("ase", "forces")
 @pytest.fixture
 def cells() -> list:
     torch.set_default_dtype(torch.float64)
-    return [forces.make_cell(seed) for seed in range(3)]
+    return [forces.make_cell(seed) for seed in range(6)]
 
 
 def test_one_compilation_gives_the_loss_as_written(cells: list) -> None:
@@ -25,7 +25,8 @@ def test_one_compilation_gives_the_loss_as_written(cells: list) -> None:
     net = forces.Potential(channels=4, waves=4, rounds=1)
     fast = optimize_nested(forces.loss.as_written, backend="eager", dynamic=True, strict=True)
     counts = set()
-    for chosen in (cells[:2], cells[1:], cells):
+    # Dynamo takes sizes for one and the same that are equal at first: not two or three cells.
+    for chosen in (cells[:4], cells[1:5], cells):
         arguments = forces.joined(chosen)
         counts.add(arguments[2].shape[1])
         expected = outcome(forces.loss.as_written, [net], arguments, {})
