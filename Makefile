@@ -52,6 +52,16 @@ fuzz: setup ## Compare random programs with themselves as written, others each t
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 8)) \
 		$(BIN)/python -m pytest tests/test_fuzz.py -s --hypothesis-profile=fuzz $(ARGS)
 
+# What builds the documentation site; without it the test that does so is skipped.
+$(VENV)/.docs: $(STAMP)
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs ## Build the documentation site into build/site
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@echo "build/site/index.html"
+
 .PHONY: conformance
 conformance: setup ## Compare PyTorch's operator database with eager, into docs/conformance.md
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.conformance

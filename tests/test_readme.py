@@ -1,72 +1,26 @@
-"""Run every Python block of README.md and docs/; check the make targets that README.md names."""
+"""Run every Python block of README.md and docs/, and compare what is printed with what is shown;
+check the make targets that README.md names."""
 
 from __future__ import annotations
 
 import re
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import dedent
-from typing import NamedTuple
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+from tests.pages import (
+    README,
+    ROOT,
+    fenced_blocks,
+    is_shown_by,
+    pages,
+    renewed,
+    run_page,
+)
 
-FENCE = re.compile(r"^\s*(?P<marks>`{3,}|~{3,})\s*(?P<language>[\w+-]*)")
-SKIP = re.compile(r"^\s*<!--\s*no test:\s*(?P<reason>\S.*?)\s*-->\s*$")
 MAKE_CALL = re.compile(r"(?:^|[`;&|$])\s*make((?:[ \t]+[^\s`;&|#]+)+)", re.MULTILINE)
-
-
-class Block(NamedTuple):
-    """One fenced block: its language, the line of its first code line, and why not to run it."""
-
-    language: str
-    line: int
-    code: str
-    skip_reason: str | None
-
-
-def fenced_blocks(text: str) -> list[Block]:
-    """Return the fenced blocks of a Markdown text in order; a fence inside a fence is text."""
-    blocks: list[Block] = []
-    opening: re.Match[str] | None = None
-    first = 0
-    reason: str | None = None
-    last_text = ""
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        fence = FENCE.match(line)
-        if opening is None and fence:
-            skip = SKIP.match(last_text)
-            opening, first, reason = fence, number + 1, skip["reason"] if skip else None
-        elif opening and line.strip().startswith(opening["marks"]) and not fence["language"]:
-            code = dedent("\n".join(lines[first - 1 : number - 1])) + "\n"
-            blocks.append(Block(opening["language"], first, code, reason))
-            opening = None
-        if line.strip():
-            last_text = line
-    assert opening is None, f"line {first - 1}: this fence is never closed"
-    return blocks
-
-
-def pages() -> list[str]:
-    """Return the pages of the documentation, as paths from the root."""
-    found = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-    return [page.relative_to(ROOT).as_posix() for page in found if page.exists()]
-
-
-def script_of(text: str) -> str:
-    """Return a page's Python blocks as one script, each on its own lines; blocks marked `no test`
-    are left out."""
-    lines = [""] * len(text.splitlines())
-    for block in fenced_blocks(text):
-        if block.language == "python" and block.skip_reason is None:
-            code = block.code.splitlines()
-            lines[block.line - 1 : block.line - 1 + len(code)] = code
-    return "\n".join(lines) + "\n"
 
 
 def make_targets_named_in(text: str) -> list[str]:
@@ -93,13 +47,16 @@ def one_thread_and_clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.parametrize("page", pages())
 @pytest.mark.usefixtures("one_thread_and_clean_torch")
 def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of one page build on each other; a traceback shows the line of the page."""
-    script = script_of((ROOT / page).read_text(encoding="utf-8"))
-    if not script.strip():
+    """Blocks of one page build on each other; what the page shows is what they print."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if not any(block.language == "python" for block in fenced_blocks(text)):
         pytest.skip("the page has no Python to run")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "page.py").write_text(script, encoding="utf-8")
-    runpy.run_path(str(tmp_path / "page.py"), run_name="__main__")
+    for printed in run_page(text, tmp_path):
+        assert printed.shown is None or is_shown_by(printed.text, printed.shown.code), (
+            f"{page}:{printed.shown.line}: `python -m tests.pages {page}` renews what is shown; "
+            f"printed was\n{printed.text}"
+        )
 
 
 @pytest.mark.skipif(not README.exists(), reason="there is no README.md")
@@ -158,3 +115,51 @@ def test_open_fence_is_an_error() -> None:
 
 def test_make_targets_are_found() -> None:
     assert make_targets_named_in(PAGE) == ["demo", "lint", "setup", "test"]
+
+
+SHOWN = r"""
+```python
+print("one\ntwo")
+print(3)
+```
+
+```text title="Output"
+one
+t...
+3
+```
+
+- and in a list
+
+  ```python
+  print(4 + unknown)
+  ```
+
+  ```text title="Output"
+  5
+  ```
+"""
+
+
+def test_output_is_compared_and_renewed(tmp_path: Path) -> None:
+    page = SHOWN.replace("unknown", "0")
+    first, second = run_page(page, tmp_path)
+    assert first.agrees and not second.agrees
+    assert renewed(page, [first, second]) == page.replace("  5\n", "  4\n")
+    changed = page.replace("print(3)", "print(6)")
+    results = run_page(changed, tmp_path)
+    assert not results[0].agrees
+    assert "one\nt...\n6\n" in renewed(changed, results)
+
+
+def test_output_without_its_block_is_an_error() -> None:
+    text = "text between\n\n```text"
+    with pytest.raises(AssertionError, match="line 9: this output follows no Python block"):
+        fenced_blocks(SHOWN.replace("```text", text, 1))
+
+
+def test_a_failing_block_names_the_line_of_the_page(tmp_path: Path) -> None:
+    page = SHOWN
+    with pytest.raises(NameError, match="unknown") as error:
+        run_page(page, tmp_path)
+    assert page.splitlines()[error.traceback[-1].lineno].strip() == "print(4 + unknown)"
