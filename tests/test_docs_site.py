@@ -16,7 +16,9 @@ NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocs_awesome_nav")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 # What a browser fetches when it opens a page, if it lies on another machine.
-FETCHED = re.compile(r"""<(?:script|img|link|iframe)[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'>\s]+)""")
+FETCHED = re.compile(
+    r"""<(?:script|img|link|iframe)[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'>\s]+)"""
+)
 
 
 @pytest.fixture(scope="module")
