@@ -323,7 +323,7 @@ def optimize_nested(function: Any = None, /, **options: Any) -> Any:
         **options: See `rewriter.options.Options`.
 
     Returns:
-        A callable like ``function``: ``loss(...)`` returns what ``function`` returns, and
+        A callable like ``function``; ``loss(...)`` returns what ``function`` returns, and
         ``.backward()`` on it fills ``.grad`` exactly as for ``function``.
 
     Raises:

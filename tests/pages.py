@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import doctest
 import io
+import os
 import re
 import sys
 import tempfile
@@ -111,8 +112,8 @@ def fenced_blocks(text: str) -> list[Block]:
 def run_page(text: str, folder: Path) -> list[Printed]:
     """Run the Python blocks of a page in order, as one program; return what each prints.
 
-    A traceback shows the line of the page: the program is written to a file with each block on its
-    own lines, because Dynamo reads sources. Blocks marked ``no test`` are left out.
+    A traceback shows the line of the page: the program is written to ``page.py`` with each block on
+    its own lines, because Dynamo reads sources. Blocks marked ``no test`` are left out.
     """
     blocks = fenced_blocks(text)
     run = [b for b in blocks if b.language == "python" and b.skip_reason is None]
@@ -126,25 +127,28 @@ def run_page(text: str, folder: Path) -> list[Printed]:
     program = types.ModuleType("__main__")
     program.__file__ = str(path)
     results = []
-    with _as_main(program):
+    with _as_main(program, folder):
         for block in run:
             code = compile(padded[block], str(path), "exec", dont_inherit=True)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, program.__dict__)
             after = blocks[blocks.index(block) + 1 :]
             shown = after[0] if after and after[0].is_output else None
-            results.append(Printed(block, shown, printed.getvalue()))
+            text_of_block = printed.getvalue().replace(f"{folder}{os.sep}", "")
+            results.append(Printed(block, shown, text_of_block))
     return results
 
 
 @contextlib.contextmanager
-def _as_main(program: types.ModuleType) -> Iterator[None]:
-    """Let a module be ``__main__``; what is imported meanwhile stays imported."""
-    before = sys.modules["__main__"]
+def _as_main(program: types.ModuleType, folder: Path) -> Iterator[None]:
+    """Let a module be ``__main__`` in a folder; what is imported meanwhile stays imported."""
+    before, there = sys.modules["__main__"], Path.cwd()
     sys.modules["__main__"] = program
+    os.chdir(folder)
     try:
         yield
     finally:
+        os.chdir(there)
         sys.modules["__main__"] = before
 
 

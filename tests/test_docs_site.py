@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from tests.pages import ROOT, pages
 
-NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocs_awesome_nav")
+NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocs_awesome_nav", "mkdocs_click")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 # What a browser fetches when it opens a page, if it lies on another machine.
@@ -28,6 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", *settings],
         cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

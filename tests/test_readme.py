@@ -46,12 +46,11 @@ def one_thread_and_clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.mark.parametrize("page", pages())
 @pytest.mark.usefixtures("one_thread_and_clean_torch")
-def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_runs(page: str, tmp_path: Path) -> None:
     """Blocks of one page build on each other; what the page shows is what they print."""
     text = (ROOT / page).read_text(encoding="utf-8")
     if not any(block.language == "python" for block in fenced_blocks(text)):
         pytest.skip("the page has no Python to run")
-    monkeypatch.chdir(tmp_path)
     for printed in run_page(text, tmp_path):
         assert printed.shown is None or is_shown_by(printed.text, printed.shown.code), (
             f"{page}:{printed.shown.line}: `python -m tests.pages {page}` renews what is shown; "
