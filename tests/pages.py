@@ -1,7 +1,8 @@
 """The documentation's pages as programs: run their Python blocks, compare what they print.
 
 A block of text with the title ``Output`` that directly follows a Python block shows what that block
-prints, all of it; ``...`` in it stands for anything. ``python -m tests.pages`` writes into the
+prints, all of it; ``...`` in it stands for anything. A Python block with a file's name for a title
+is written to that file in place of being run. ``python -m tests.pages`` writes into the
 pages what the blocks print now (``--check`` only says where it differs); lines that agree, with
 their ``...``, stay as they are.
 """
@@ -28,6 +29,7 @@ README = ROOT / "README.md"
 FENCE = re.compile(r"^\s*(?P<marks>`{3,}|~{3,})\s*(?P<language>[\w+-]*)(?P<info>.*)$")
 SKIP = re.compile(r"^\s*<!--\s*no test:\s*(?P<reason>\S.*?)\s*-->\s*$")
 OUTPUT = 'title="Output"'
+FILE = re.compile(r'title="(?P<name>[\w-]+\.py)"')
 
 
 class Block(NamedTuple):
@@ -39,6 +41,7 @@ class Block(NamedTuple):
         code: What it holds.
         skip_reason: Why not to run it, if it is marked so.
         is_output: Whether it shows what the Python block before it prints.
+        file: The name of the file that it is, if it is one.
     """
 
     language: str
@@ -46,6 +49,7 @@ class Block(NamedTuple):
     code: str
     skip_reason: str | None
     is_output: bool
+    file: str | None
 
 
 class Printed(NamedTuple):
@@ -98,7 +102,9 @@ def fenced_blocks(text: str) -> list[Block]:
         elif opening and line.strip().startswith(opening["marks"]) and not fence["language"]:
             code = dedent("\n".join(lines[first - 1 : number - 1])) + "\n"
             is_output = OUTPUT in opening["info"]
-            blocks.append(Block(opening["language"], first, code, reason, is_output))
+            file = FILE.search(opening["info"])
+            name = file["name"] if file else None
+            blocks.append(Block(opening["language"], first, code, reason, is_output, name))
             follows_python = opening["language"] == "python" and reason is None
             opening = None
         elif opening is None and line.strip():
@@ -116,7 +122,10 @@ def run_page(text: str, folder: Path) -> list[Printed]:
     its own lines, because Dynamo reads sources. Blocks marked ``no test`` are left out.
     """
     blocks = fenced_blocks(text)
-    run = [b for b in blocks if b.language == "python" and b.skip_reason is None]
+    run = [b for b in blocks if b.language == "python" and not (b.skip_reason or b.file)]
+    for block in blocks:
+        if block.file is not None:
+            (folder / block.file).write_text(block.code, encoding="utf-8")
     path = folder / "page.py"
     padded = {block: "\n" * (block.line - 1) + block.code for block in run}
     lines = [""] * len(text.splitlines())

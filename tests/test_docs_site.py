@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import rewriter
 from tests.pages import ROOT, pages
 
 NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocs_awesome_nav", "mkdocs_click")
@@ -45,6 +46,12 @@ class TestSite:
         built = [site / page.relative_to("docs").with_suffix(".html") for page in sources]
         assert [page for page in built if not page.is_file()] == []
 
+    def test_every_page_is_in_the_navigation(self, site: Path) -> None:
+        start = (site / "index.html").read_text(encoding="utf-8")
+        sources = [Path(page).relative_to("docs") for page in pages() if page.startswith("docs/")]
+        links = set(re.findall(r'href="([^"#]+)"[^>]*class="md-nav__link', start))
+        assert {page.with_suffix(".html").as_posix() for page in sources} <= links | {"index.html"}
+
     def test_nothing_is_fetched_from_outside(self, site: Path) -> None:
         found = {
             page.name: FETCHED.findall(page.read_text(encoding="utf-8"))
@@ -54,8 +61,7 @@ class TestSite:
         assert {name: urls for name, urls in found.items() if urls} == {}
 
     def test_every_public_name_is_described(self, site: Path) -> None:
-        import rewriter
-
         page = (site / "api.html").read_text(encoding="utf-8")
-        missing = [name for name in rewriter.__all__ if f'id="rewriter.{name}"' not in page]
+        names = [name for name in rewriter.__all__ if not name.startswith("_")]
+        missing = [name for name in names if f'id="rewriter.{name}"' not in page]
         assert missing == []

@@ -4,8 +4,10 @@ check the make targets that README.md names."""
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -149,6 +151,16 @@ def test_output_is_compared_and_renewed(tmp_path: Path) -> None:
     results = run_page(changed, tmp_path)
     assert not results[0].agrees
     assert "one\nt...\n6\n" in renewed(changed, results)
+
+
+def test_a_block_with_a_name_is_a_file(tmp_path: Path) -> None:
+    block = '```python title="{}"\n{}\n```\n'
+    page = block.format("told.py", "value = 7") + block.format("", "import told\nprint(told.value)")
+    path = [str(tmp_path), *sys.path]
+    with mock.patch.object(sys, "path", path):
+        (printed,) = run_page(page, tmp_path)
+    del sys.modules["told"]
+    assert printed.text == "7\n"
 
 
 def test_output_without_its_block_is_an_error() -> None:
