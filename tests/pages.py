@@ -29,6 +29,7 @@ README = ROOT / "README.md"
 FENCE = re.compile(r"^\s*(?P<marks>`{3,}|~{3,})\s*(?P<language>[\w+-]*)(?P<info>.*)$")
 SKIP = re.compile(r"^\s*<!--\s*no test:\s*(?P<reason>\S.*?)\s*-->\s*$")
 OUTPUT = 'title="Output"'
+LINE = re.compile(r"(\bpage\.py:)\d+")
 FILE = re.compile(r'title="(?P<name>[\w-]+\.py)"')
 
 
@@ -162,7 +163,8 @@ def _as_main(program: types.ModuleType, folder: Path) -> Iterator[None]:
 
 
 def renewed(text: str, results: list[Printed]) -> str:
-    """Return a page with what its blocks printed in place of what it showed."""
+    """Return a page with what its blocks printed in place of what it showed; its own line numbers
+    become ``...``."""
     lines = text.splitlines()
     for result in reversed(results):
         if result.shown is None or result.agrees:
@@ -172,10 +174,10 @@ def renewed(text: str, results: list[Printed]) -> str:
         margin = re.match(r"\s*", lines[first - 1])
         assert margin is not None
         new = [
-            next((shown for shown in old if is_shown_by(line, shown)), line.rstrip())
+            next((shown for shown in old if is_shown_by(line, shown)), LINE.sub(r"\1...", line))
             for line in result.text.rstrip().splitlines()
         ]
-        lines[first : first + len(old)] = [margin[0] + line if line else "" for line in new]
+        lines[first : first + len(old)] = [(margin[0] + line).rstrip() for line in new]
     return "\n".join(lines) + "\n"
 
 
