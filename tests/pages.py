@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import doctest
 import io
+import linecache
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ FENCE = re.compile(r"^\s*(?P<marks>`{3,}|~{3,})\s*(?P<language>[\w+-]*)(?P<info>
 SKIP = re.compile(r"^\s*<!--\s*no test:\s*(?P<reason>\S.*?)\s*-->\s*$")
 OUTPUT = 'title="Output"'
 LINE = re.compile(r"(\bpage\.py:)\d+")
+PROGRAM = "page.py"
 FILE = re.compile(r'title="(?P<name>[\w-]+\.py)"')
 
 
@@ -127,25 +129,23 @@ def run_page(text: str, folder: Path) -> list[Printed]:
     for block in blocks:
         if block.file is not None:
             (folder / block.file).write_text(block.code, encoding="utf-8")
-    path = folder / "page.py"
     padded = {block: "\n" * (block.line - 1) + block.code for block in run}
     lines = [""] * len(text.splitlines())
     for block in run:
         code = block.code.splitlines()
         lines[block.line - 1 : block.line - 1 + len(code)] = code
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / PROGRAM).write_text("\n".join(lines) + "\n", encoding="utf-8")
     program = types.ModuleType("__main__")
-    program.__file__ = str(path)
+    program.__file__ = PROGRAM
     results = []
     with _as_main(program, folder):
         for block in run:
-            code = compile(padded[block], str(path), "exec", dont_inherit=True)
+            code = compile(padded[block], PROGRAM, "exec", dont_inherit=True)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, program.__dict__)
             after = blocks[blocks.index(block) + 1 :]
             shown = after[0] if after and after[0].is_output else None
-            text_of_block = printed.getvalue().replace(f"{folder}{os.sep}", "")
-            results.append(Printed(block, shown, text_of_block))
+            results.append(Printed(block, shown, printed.getvalue()))
     return results
 
 
@@ -155,6 +155,7 @@ def _as_main(program: types.ModuleType, folder: Path) -> Iterator[None]:
     before, there = sys.modules["__main__"], Path.cwd()
     sys.modules["__main__"] = program
     os.chdir(folder)
+    linecache.cache.pop(PROGRAM, None)  # the lines of the page before
     try:
         yield
     finally:
