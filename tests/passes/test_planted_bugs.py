@@ -205,7 +205,7 @@ def convolution_backward_without_the_weight(patch: pytest.MonkeyPatch) -> None:
 
 def every_constant_is_zero(patch: pytest.MonkeyPatch) -> None:
     filled = (aten.full.default, aten.full_like.default, aten.ones_like.default)
-    patch.setattr(zeros, "_is_made_of_zeros", lambda node: node.target in filled)
+    patch.setattr(zeros, "is_made_of_zeros", lambda node: node.target in filled)
 
 
 def doubled_is_dropped(patch: pytest.MonkeyPatch) -> None:
