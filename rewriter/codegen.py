@@ -97,10 +97,15 @@ def package_graph(module: GraphModule, mode: str) -> bytes:
         path = str(Path(folder, "graph.pt2"))
         try:
             program = export(_Root(_with_own_draws(module)), examples, dynamic_shapes=dims)
+            aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+            # Export and Inductor fix a size without a word where a kernel of theirs needs it fixed.
             taken = [value_of(node) for node in placeholders(program.graph)]
             if [_open_dims(value) for value in taken] != open_dims:
-                raise OptimizeNestedError("torch.export fixes a size that is declared dynamic")
-            aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+                raise OptimizeNestedError(
+                    "Inductor compiles this loss for one size only of those declared dynamic, as "
+                    "it does where a convolution has the batch as channels: leave `dynamic` out, "
+                    "or compile with portable=True"
+                )
         except OptimizeNestedError:
             raise
         except Exception as error:
@@ -123,7 +128,10 @@ class _Root(torch.nn.Module):
 
 
 def _open_dims(fake: Tensor) -> list[int]:
-    return [dim for dim, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)]
+    sizes = enumerate(fake.shape)
+    return [
+        d for d, size in sizes if isinstance(size, torch.SymInt) and size.node.expr.free_symbols
+    ]
 
 
 def _example(fake: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from rewriter.ahead.run import Runner
 from rewriter.ahead.shapes import Shapes
 from rewriter.ahead.validate import check_manifest, check_members, check_versions
 from rewriter.codegen import compile_graph, load_package
-from rewriter.errors import ArtifactError
+from rewriter.errors import ArtifactError, OptimizeNestedError
 from rewriter.options import BACKENDS
 
 
@@ -142,7 +142,14 @@ def _portable(program: Program, files: Mapping[str, bytes], backend: str) -> Any
 
     def graph(name: str) -> Callable[..., Any]:
         if name not in compiled:
+            is_open = shapes.are_open()
             compiled[name] = compile_graph(modules[name], backend, "default", strict=False)
+            if is_open and not shapes.are_open():
+                raise OptimizeNestedError(
+                    "Inductor compiles this artifact for one size only of those declared dynamic, "
+                    "as it does where a convolution has the batch as channels: load it with "
+                    "backend='eager'"
+                )
         return compiled[name]
 
     return graph

@@ -94,8 +94,14 @@ class Shapes:
         for node in results(module.graph):
             if not (isinstance(node, Node) and isinstance(value_of(node), Tensor)):
                 raise ArtifactError(f"{what}: a result is no tensor")
-        if any(env.replace(size.node.expr).is_Integer for size in self.sizes.values()):
+        if not self.are_open():
             raise ArtifactError(f"{what}: the graph fixes a size that may change")
+
+    def are_open(self) -> bool:
+        """Whether nothing that was traced or compiled so far has fixed a size."""
+        env = self.mode.shape_env
+        assert env is not None
+        return all(env.replace(size.node.expr).free_symbols for size in self.sizes.values())
 
     def rest(self, file: GraphFile) -> list[Tensor]:
         """Return fakes of a graph's constants and sizes."""

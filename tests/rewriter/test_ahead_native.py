@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from rewriter import ArtifactError, load, optimize_nested
+from rewriter import ArtifactError, OptimizeNestedError, load, optimize_nested
 from rewriter.ahead.archive import MANIFEST, pack, unpack
 
 pytestmark = pytest.mark.inductor
@@ -123,6 +123,25 @@ def test_portable_compiles_on_arrival(tmp_path: Path) -> None:
         x = torch.randn(n, 3)
         expected = optimize_nested(penalty, backend="eager").value_and_grad(net, x)
         torch.testing.assert_close(bound.value_and_grad(x), (expected[0].detach(), expected[1]))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_sizes_that_inductor_fixes(tmp_path: Path, portable: bool) -> None:
+    """By reverse mode, the weight gradient of a convolution is one with the batch as channels."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        (g,) = grad(net(p).sum(), p, create_graph=True)
+        return g.square().sum()
+
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh())
+    x, file = torch.randn(8, 1, 4, 4), tmp_path / "file"
+    with pytest.raises(OptimizeNestedError, match="for one size only of those declared dynamic"):
+        optimize_nested(loss, strategy="reverse").compile_ahead(
+            file, net, x, portable=portable, modes=["train"], dynamic={"x": {0: "batch"}}
+        )
+        load(file).bind(net)(x)
+    assert file.exists() == portable
 
 
 @pytest.mark.slow
