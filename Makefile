@@ -59,7 +59,7 @@ $(VENV)/.docs: $(STAMP)
 
 .PHONY: docs
 docs: $(VENV)/.docs ## Build the documentation site into build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 	@echo "build/site/index.html"
 
 .PHONY: conformance

@@ -187,7 +187,12 @@ class _UserFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, forward: Any, backward: Any, n_outputs: int, constant: tuple[int, ...], *inputs
+        ctx: Any,
+        forward: Any,
+        backward: Any,
+        n_outputs: int,
+        constant: tuple[int, ...],
+        *inputs: Any,
     ):
         out = run(forward, inputs)
         outputs = _apart(out[:n_outputs], inputs)
@@ -209,7 +214,11 @@ class _UserFunction(torch.autograd.Function):
 
 
 def user_function(
-    forward: GraphModule, backward: GraphModule, n_outputs: int, constant: tuple[int, ...], *inputs
+    forward: GraphModule,
+    backward: GraphModule,
+    n_outputs: int,
+    constant: tuple[int, ...],
+    *inputs: Any,
 ) -> tuple[Tensor, ...]:
     """Return what a user's `torch.autograd.Function` returns, with the pullback its author wrote.
 
