@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.graph import is_random, value_of
+from passes.graph import hint, is_random, value_of
 from passes.levels import CHEAP, Level
 
 aten = torch.ops.aten
@@ -73,9 +73,7 @@ def work_of(level: Level) -> Work:
             is_known = is_known and isinstance(value, torch.SymInt)
             continue
         operators += 1
-        elements += math.prod(
-            n.node.hint if isinstance(n, torch.SymInt) else n for n in value.shape
-        )
+        elements += math.prod(hint(n) for n in value.shape)
     return Work(operators, elements, is_known)
 
 

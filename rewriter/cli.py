@@ -35,6 +35,7 @@ from rewriter.bench import (
 )
 from rewriter.doctor import BAD, GOOD, WARNING, examine
 from rewriter.errors import OptimizeNestedError
+from rewriter.files import write_whole
 from rewriter.naming import named_tensors
 from rewriter.options import BACKENDS, CAPTURES, MODES
 from rewriter.report import Report
@@ -184,7 +185,7 @@ def render(target: Target, paths: Sequence[Path]) -> None:
         ".html": Report.to_html,
         ".svg": Report.to_svg,
         ".json": Report.to_json,
-        ".txt": lambda report, path: path.write_text(f"{report}\n", encoding="utf-8"),
+        ".txt": lambda report, path: write_whole(path, f"{report}\n"),
     }
     for path in paths:
         if path.suffix not in writers:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import passes
-from rewriter.ahead.archive import canonical, digest, unpack, write_whole
+from rewriter.ahead.archive import canonical, digest, unpack
 from rewriter.errors import ArtifactError
+from rewriter.files import write_whole
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from passes.graph import placeholders, print_graph, value_of
-from rewriter.ahead.archive import MANIFEST, canonical, digest, pack, unpack, write_whole
+from rewriter.ahead.archive import MANIFEST, canonical, digest, pack, unpack
 from rewriter.ahead.cache import cached
 from rewriter.ahead.decode import encode
 from rewriter.ahead.dynamic import declared_sizes, kernels_not_chosen, mark
@@ -34,6 +34,7 @@ from rewriter.ahead.signature import Call, take_apart
 from rewriter.ahead.structure import leaves_in
 from rewriter.codegen import package_graph
 from rewriter.errors import CaptureError, NestedGradientWarning
+from rewriter.files import write_whole
 from rewriter.options import Options
 from rewriter.version import __version__
 
