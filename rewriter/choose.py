@@ -58,6 +58,7 @@ class Choice:
     Attributes:
         taken: The candidate.
         candidates: Every candidate that was priced.
+        asked: Site name → the strategy that the user asked for.
         refusals: (site name, strategy) → reason.
         form: The derivative graph with each site in its form.
         joint: Loss, state updates and gradients as one graph.
@@ -67,6 +68,7 @@ class Choice:
 
     taken: Candidate
     candidates: tuple[Candidate, ...]
+    asked: Mapping[str, str]
     refusals: Mapping[tuple[str, str], str]
     form: GraphModule
     joint: GraphModule
@@ -138,6 +140,7 @@ def choose(
     return Choice(
         best.candidate,
         tuple(b.candidate for b in built),
+        asked,
         refusals,
         best.form,
         best.joint,

@@ -96,12 +96,14 @@ def _site_report(rewritten: Rewritten, site: Site, hints: dict[sympy.Symbol, int
     choice = rewritten.choice
     strategy = choice.taken.strategies[site.name]
     refused = [f"{s} refused: {r}" for (name, s), r in choice.refusals.items() if name == site.name]
-    if strategy == AS_WRITTEN:
+    if site.name in choice.asked:
+        reason = "asked for"
+    elif strategy == AS_WRITTEN:
         reason = "every rewritten form costs more FLOPs than what is written"
     elif refused:
         reason = "; ".join(refused)
     elif len(choice.candidates) == 1:
-        reason = "asked for"
+        reason = "every other strategy gives the same form here"
     else:
         reason = "fewest FLOPs, or first among equals"
     formula = choice.taken.site_flops.get(site.name, sympy.Integer(0))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.graph import arguments, value_of
-from passes.simplify.scales import emit
+from passes.simplify.scales import emit, is_one
 
 aten = torch.ops.aten
 
@@ -22,7 +25,7 @@ def permute_sums(graph: Graph) -> int:
         a, b = value_of(one), value_of(other)
         if list(dims) != list(others) or a.stride() != b.stride() or a.dtype != b.dtype:
             continue
-        if value_of(node).stride() != tuple(a.stride()[d] for d in dims):
+        if not _is_laid_out(value_of(node), [a.stride()[d] for d in dims]):
             continue
         with graph.inserting_before(node):
             total = emit(graph, aten.add.Tensor, one, other, node)
@@ -31,6 +34,12 @@ def permute_sums(graph: Graph) -> int:
         graph.erase_node(node)
         changes += 1
     return changes
+
+
+def _is_laid_out(value: Tensor, strides: Sequence[int]) -> bool:
+    """Whether a tensor has these strides, where it has more than one element."""
+    found = zip(value.shape, value.stride(), strides, strict=True)
+    return all(mine == theirs for size, mine, theirs in found if not is_one(size))
 
 
 def _is_own_permutation(node: object) -> bool:

@@ -231,22 +231,41 @@ def _together(one: tuple[Node, ...], other: tuple[Node, ...]) -> tuple[Node, ...
     return tuple(sorted((*one, *other), key=lambda node: node.name))
 
 
+def is_one(size: Any) -> bool:
+    """Whether a size is proven to be 1."""
+    return _equal(size, 1)
+
+
 def _is_row_scale(value: Any, rank: int | None = None) -> bool:
     """Whether a tensor has one element a row."""
     if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype.is_complex:
         return False
-    return rank in (None, value.dim()) and all(_equal(size, 1) for size in value.shape[1:])
+    return rank in (None, value.dim()) and all(map(is_one, value.shape[1:]))
 
 
 def _is_ones(node: Node) -> bool:
-    while node.op == "call_function" and node.target in _SAME_NUMBERS:
-        node = arguments(node)[0]
+    return _filling(node) == 1
+
+
+def _filling(node: Any) -> Any:
+    """Return the number that a tensor is filled with; None if it is not known to be."""
+    if not isinstance(node, Node):
+        return node
+    if node.op != "call_function":
+        return None
+    if is_made_of_zeros(node):
+        return 0
     if node.target is aten.ones.default:
-        return True
-    if node.target is not aten.full.default:
-        return False
-    number = arguments(node)[1]
-    return not isinstance(number, Node) and bool(number == 1)
+        return 1
+    args = arguments(node)
+    if node.target is aten.full.default:
+        return None if isinstance(args[1], Node) else args[1]
+    if node.target in _SAME_NUMBERS:
+        return _filling(args[0])
+    if node.target is aten.add.Tensor and not node.kwargs:
+        one, other = map(_filling, args)
+        return None if one is None or other is None else one + other
+    return None
 
 
 _SAME_NUMBERS = {aten.expand.default, aten.permute.default, aten.unsqueeze.default, *_RESHAPES}

@@ -84,6 +84,15 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
         2,
         2,
     ),
+    "from what adds up to ones": (
+        lambda s, w: (
+            (torch.zeros_like(s) + torch.ones((), dtype=s.dtype).expand(5, 1)) @ w,
+            s @ w,
+        ),
+        (S, (1, 4)),
+        1,
+        1,
+    ),
     "convolution": (
         lambda s, x, w: (of_convolution(x, w), of_convolution(s.reshape(5, 1, 1, 1) * x, w)),
         (S, IMAGES, KERNEL),
