@@ -85,6 +85,15 @@ def adapt(net: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[Parameters]:
     return found
 
 
+def errors_after(net: nn.Module, tasks: Sequence[Tensor], steps: int) -> Tensor:
+    """Return the mean errors on tasks before and after each of the steps, shape (steps + 1,)."""
+
+    def task(x: Tensor, y: Tensor, new_x: Tensor, new_y: Tensor) -> Tensor:
+        return torch.stack([error(net, p, new_x, new_y) for p in adapt(net, x, y, steps)])
+
+    return vmap(task)(*tasks).mean(dim=0)
+
+
 @torch.no_grad()
 def draw(nets: dict[str, nn.Module], path: str) -> dict[str, float]:
     """Draw how the networks adapt; return the errors on 200 new tasks after one step."""
@@ -100,11 +109,7 @@ def draw(nets: dict[str, nn.Module], path: str) -> dict[str, float]:
             plot.plot(x, functional_call(net, steps[count], (x,)), style, label=label)
         plot.plot(points, 3.5 * torch.sin(points - 1), "v", color="black", markersize=5)
         pictures.plain(plot, legend=plot is plots[0], title=name, ylim=(-6, 6))
-        errors = [
-            [error(net, p, new_x, new_y).item() for p in adapt(net, x, y, 10)]
-            for x, y, new_x, new_y in zip(*tasks, strict=True)
-        ]
-        means = torch.tensor(errors).mean(dim=0)
+        means = errors_after(net, tasks, 10)
         right.plot(means, marker=".", label=name)
         after_one[name] = means[1].item()
     right.set_yscale("log")
