@@ -7,7 +7,7 @@ the report on the loss, a table with its time per step as written and under opti
 training and the error. The picture `poisson.png` shows the solution, its error and the loss curve.
 
 Second derivatives are written in `torch.func`, as a Hessian per point. torch.compile is not in the
-table: in PyTorch 2.13 it ends the process, or raises "ZeroTensors are immutable", on such a loss.
+table: PyTorch 2.13 fails on such a loss with an assertion of its own, in the midst of forward mode.
 """
 
 import math
