@@ -6,7 +6,7 @@ about 2/η (Cohen et al.: Gradient descent on neural networks typically occurs a
 stability, 2021). A penalty on the norm of the gradient keeps it lower (Zhao, Zhang, Hu, 2022).
 
 Run `python examples/sharpness.py --quick`, or leave out `--quick` for a longer training. You will
-see the reports on the penalised loss and on the Hessian-vector product, a table for each with its
+see the reports on the penalised loss and on the Hessian-vector product, a table with the former's
 time as written, under torch.compile and under optimize_nested, and two trainings. The picture
 `sharpness.png` shows sharpness and error along both.
 """
