@@ -50,6 +50,7 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
             stacklevel=2,
         )
         return _op_by_op(module)
+    module, sizes = _with_sizes(_with_own_draws(module))
     examples = [value_of(node) for node in placeholders(module.graph)]
     examples = [x.detach() if isinstance(x, Tensor) else x for x in examples]
     # The generator must end where eager leaves it, so draws are eager's own.
@@ -57,7 +58,10 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
     settings = {**list_mode_options(mode), "fallback_random": draws}
     with tracing(TracingContext(fake_mode_of(examples))), torch.no_grad(), _floats_left_alone():
         try:
-            return compile_fx(_with_own_draws(module), examples, config_patches=settings)  # pyright: ignore[reportReturnType]
+            compiled: Any = compile_fx(module, examples, config_patches=settings)
+            if not sizes:
+                return compiled
+            return lambda *inputs: compiled(*inputs, *(inputs[i].shape[d] for i, d in sizes))
         except Exception as error:
             if strict:
                 raise
@@ -68,6 +72,31 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
                 stacklevel=2,
             )
             return _op_by_op(module)
+
+
+def _with_sizes(module: GraphModule) -> tuple[GraphModule, list[tuple[int, int]]]:
+    """Make inputs, after the others, of the symbolic sizes that only tensors have; return from
+    which input and dimension each is read.
+
+    What Inductor takes for granted of a size, when it finds its code on disk, becomes a guard only
+    if the size is an input.
+    """
+    inputs = placeholders(module.graph)
+    known = {n.node.expr for n in map(value_of, inputs) if isinstance(n, torch.SymInt)}
+    sizes: list[tuple[int, int]] = []
+    last = inputs[-1] if inputs else None
+    for position, node in enumerate(inputs):
+        for dim, size in enumerate(getattr(value_of(node), "shape", ())):
+            symbol = size.node.expr if isinstance(size, torch.SymInt) else None
+            if symbol is None or not symbol.is_Symbol or symbol in known:
+                continue
+            known.add(symbol)
+            sizes.append((position, dim))
+            with module.graph.inserting_after(last):
+                last = module.graph.placeholder(f"size_of_{node.name}_{dim}")
+            last.meta["val"] = size
+    module.recompile()
+    return module, sizes
 
 
 def package_graph(module: GraphModule, mode: str) -> bytes:

@@ -165,8 +165,8 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
     if target is operator.getitem and first.target is aten.convolution_backward.default:
         return _Scaled((target, inner.key, args[1]), inner.scales)
     if target in _RESHAPES:
-        keeps_rows = _equal(value_of(first).shape[0], value.shape[0]) if value.dim() else False
-        if not keeps_rows or not value_of(first).dim():
+        before = value_of(first)
+        if not value.dim() or not before.dim() or not _equal(before.shape[0], value.shape[0]):
             return opaque
         return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
     if target in _LINEAR or (target in _CONVOLUTIONS and _has_linear_rows(node)):

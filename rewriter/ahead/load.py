@@ -142,14 +142,14 @@ def _portable(program: Program, files: Mapping[str, bytes], backend: str) -> Any
 
     def graph(name: str) -> Callable[..., Any]:
         if name not in compiled:
-            is_open = shapes.are_open()
-            compiled[name] = compile_graph(modules[name], backend, "default", strict=False)
-            if is_open and not shapes.are_open():
+            made = compile_graph(modules[name], backend, "default", strict=False)
+            if not shapes.are_open():  # as they were when the graphs were checked
                 raise OptimizeNestedError(
                     "Inductor compiles this artifact for one size only of those declared dynamic, "
                     "as it does where a convolution has the batch as channels: load it with "
                     "backend='eager'"
                 )
+            compiled[name] = made
         return compiled[name]
 
     return graph

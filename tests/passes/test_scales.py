@@ -112,6 +112,12 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
         1,
         2,
     ),
+    "views to and from numbers": (
+        lambda s, x: (x.reshape(()).reshape(1, 1) * 2, s.reshape(()).reshape(1) * x.reshape(1)),
+        ((1, 1), (1, 1)),
+        0,
+        0,
+    ),
     "alone": (lambda s, x, w: ((s * x) @ w,), (S, R, SQUARE), 0, 1),
     "scale of columns": (lambda s, x, w: (x @ w, (s * x) @ w), ((1, 4), R, SQUARE), 0, 2),
     "not linear": (lambda s, x, w: (x.tanh() @ w, (s * x).tanh() @ w), (S, R, SQUARE), 0, 2),

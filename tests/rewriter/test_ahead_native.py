@@ -136,11 +136,12 @@ def test_sizes_that_inductor_fixes(tmp_path: Path, portable: bool) -> None:
 
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh())
     x, file = torch.randn(8, 1, 4, 4), tmp_path / "file"
-    with pytest.raises(OptimizeNestedError, match="for one size only of those declared dynamic"):
-        optimize_nested(loss, strategy="reverse").compile_ahead(
-            file, net, x, portable=portable, modes=["train"], dynamic={"x": {0: "batch"}}
-        )
-        load(file).bind(net)(x)
+    for _ in range(2):  # the second time its code is on disk
+        with pytest.raises(OptimizeNestedError, match="one size only of those declared dynamic"):
+            optimize_nested(loss, strategy="reverse").compile_ahead(
+                file, net, x, portable=portable, modes=["train"], dynamic={"x": {0: "batch"}}
+            )
+            load(file).bind(net)(x)
     assert file.exists() == portable
 
 
