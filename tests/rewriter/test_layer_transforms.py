@@ -88,8 +88,8 @@ FORMS = [
     parameters_form,
 ]  # fmt: skip
 NAMES = [
-    "Tanh", "LeakyReLU", "Softshrink", "PReLU", "layer_norm", "group_norm", "batch_norm_eval",
-    "conv_strided", "max_pool", "softmax", "glu", "attention",
+    "Tanh", "LeakyReLU", "layer_norm", "batch_norm_eval", "conv_strided", "softmax", "glu",
+    "attention",
 ]  # fmt: skip
 # What eager itself cannot do: its own forward-mode formulas are not differentiable, or write over
 # what they have saved.
