@@ -173,27 +173,31 @@ class Recorder:
 
     def _record(self, args: Any, kwargs: Any) -> _Specialisation:
         if self.dynamic is False or (self.dynamic is None and not self.made):
-            return self._recorded(args, kwargs, symbolic=False)
+            return self._recorded(args, kwargs, [], symbolic=False)
+        lines: list[str] = []
         try:
-            return self._recorded(args, kwargs, symbolic=True)
+            made = self._recorded(args, kwargs, lines, symbolic=True)
+            reason = f"{lines[0]} asks for it as a number" if lines else None
         except CaptureError as error:
-            reason = error
-        specialisation = self._recorded(args, kwargs, symbolic=False)
-        if self.dynamic:
+            made, reason = self._recorded(args, kwargs, lines, symbolic=False), str(error)
+        if self.dynamic and reason:
             warnings.warn(
                 f"optimize_nested: capture='trace', dynamic=True: a recording holds for one size "
-                f"of the arguments only: {reason}",
+                f"of an argument only: {reason}",
                 NestedGradientWarning,
                 stacklevel=5,
             )
-        return specialisation
+        return made
 
-    def _recorded(self, args: Any, kwargs: Any, *, symbolic: bool) -> _Specialisation:
+    def _recorded(
+        self, args: Any, kwargs: Any, lines: list[str], *, symbolic: bool
+    ) -> _Specialisation:
         """Run the loss several times and build what the runs agree on.
 
         Args:
             args: Its arguments.
             kwargs: Its keyword arguments.
+            lines: Is given the lines that fix sizes.
             symbolic: Whether to let their sizes be any.
         """
         function = self.function
@@ -236,7 +240,9 @@ class Recorder:
                     first = run(data, set(), first=True)  # the state that the loss keeps exists now
                 if difference := _difference(first, model):
                     raise difference
-                first, sizes = model, model.sizes and model.sizes.others()
+                assert model.sizes is not None
+                lines += model.sizes.fixed_at()
+                first, sizes = model, model.sizes.others()
             names = set(first.names)
             before = reached(function, args, kwargs, names)
             known = {id(x): (p, False) for p, x in before.items() if isinstance(x, Tensor)} | {

@@ -47,7 +47,7 @@ from rewriter.host_calls import (
     tensors_in,
     users_frames,
 )
-from rewriter.sizes import Sizes, enlarged, fix, folded, numbers
+from rewriter.sizes import Sizes, enlarged, fix, folded, has_symbolic, numbers
 from rewriter.stateful import without_saved_tensor_hooks, write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -492,7 +492,7 @@ class Recording(TorchFunctionMode):
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Let host code have a value."""
         self._may_read(name_of(func), tensors_in((args, kwargs)))
-        return func(*fix(args), **fix(kwargs))
+        return func(*self._fix(args), **self._fix(kwargs))
 
     def _may_read(self, what: str, tensors: list[Tensor]) -> None:
         """Check that a value can be part of the recording: it depends on nothing, or on tensors
@@ -512,7 +512,13 @@ class Recording(TorchFunctionMode):
         for source in self.depends_on(tensors):
             source.was_read = True
         for x in tensors:
-            fix(self.shadow_of(x).shape)
+            self._fix(self.shadow_of(x).shape)
+
+    def _fix(self, values: Any) -> Any:
+        """Replace symbolic numbers by what they are; the recording holds for that only."""
+        if self.sizes is not None and has_symbolic(folded(values)):
+            self.sizes.asked_at.append(self.here())
+        return fix(values)
 
     def _hidden_read(self, func: Any, failed: Exception, tensors: list[Tensor], out: Any) -> Any:
         """Burn in what was computed by a call that cannot be made without values, if it may read
@@ -539,7 +545,7 @@ class Recording(TorchFunctionMode):
             tensors = tensors[1:]  # of the first one, dtype and device count
         if tensors:
             self._may_read(name_of(func), tensors)
-        args, kwargs = fix(args), fix(kwargs)
+        args, kwargs = self._fix(args), self._fix(kwargs)
         flag = kwargs.get("requires_grad", False)
         made = func(*args, **{**kwargs, "requires_grad": False} if flag else kwargs)
         self.constant(made)

@@ -6,6 +6,7 @@ then part of the graph, and what it decides by one is a guard.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from passes.graph import is_users
 from passes.tracing import AnySizes
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -46,6 +48,7 @@ class Sizes:
         sources: For each an argument that has it, and in which dimension.
         nodes: For each its placeholder.
         taken: Which of them the graph takes, in this order after its tensors.
+        asked_at: Lines that let a size be read as a number through a tensor.
     """
 
     def __init__(self, graph: Graph, examples: Sequence[int]) -> None:
@@ -55,6 +58,7 @@ class Sizes:
         self.sources: list[tuple[Any, int]] = []
         self.nodes: list[Node] = []
         self.taken: tuple[int, ...] = ()
+        self.asked_at: list[str] = []
         self._computed: dict[Any, Node] = {}
 
     def shape_of(self, entry: Any, after: Node) -> list[int | torch.SymInt]:
@@ -101,6 +105,17 @@ class Sizes:
             if sizes != self.of_call and self.any.admits(sizes):
                 return sizes
         return None
+
+    def fixed_at(self) -> list[str]:
+        """Return the user's lines that ask for a size as a number, which fixes it: ``file:line:
+        code``."""
+        lines = list(self.asked_at)
+        for guard in self.env.guards:
+            frame = guard.sloc.framework_loc
+            is_number = isinstance(guard.expr, sympy.Eq) and guard.expr.rhs.is_number
+            if is_number and isinstance(frame, traceback.FrameSummary) and is_users(frame.filename):
+                lines.append(f"{frame.filename}:{frame.lineno}: {frame.line}")
+        return lines
 
     def node_of(self, value: Any) -> Any:
         """Return the node that computes a symbolic number; the number if it is fixed."""
@@ -168,7 +183,7 @@ def _mapped(values: Any, function: Callable[[Any], Any]) -> Any:
         return function(values)
     if isinstance(values, slice):
         return slice(*(_mapped(x, function) for x in (values.start, values.stop, values.step)))
-    if isinstance(values, (tuple, list, dict)) and any(map(_has_symbolic, _items(values))):
+    if isinstance(values, (tuple, list, dict)) and any(map(has_symbolic, _items(values))):
         if isinstance(values, dict):
             return {key: _mapped(value, function) for key, value in values.items()}
         made = [_mapped(value, function) for value in values]
@@ -180,11 +195,12 @@ def _items(values: Any) -> Any:
     return values.values() if isinstance(values, dict) else values
 
 
-def _has_symbolic(value: Any) -> bool:
+def has_symbolic(value: Any) -> bool:
+    """Whether symbolic numbers are among arguments or results."""
     if isinstance(value, slice):
         return any(isinstance(x, SYMBOLIC) for x in (value.start, value.stop, value.step))
     if isinstance(value, (tuple, list, dict)):
-        return any(map(_has_symbolic, _items(value)))
+        return any(map(has_symbolic, _items(value)))
     return isinstance(value, SYMBOLIC)
 
 

@@ -77,11 +77,14 @@ class Bound:
         for slot in self.manifest.slots:
             if slot.modes is None or self._is_in(slot.modes):
                 return slot.program
-        names = ", ".join(slot.name for slot in self.manifest.slots)
-        raise ValueError(
-            f"{self.manifest.loss}: compiled for {names}, and the modules are in another mode; "
-            f"{ASK_FOR_BOTH}"
-        )
+        slots = self.manifest.slots
+        names = ", ".join(slot.name for slot in slots)
+        modes = {m.training for _, modules in self._named for _, m in modules}
+        if len(slots) > 1 or len(modes) > 1:
+            what = "call train() or eval() on all of them: some are in each mode"
+        else:
+            what = f"the modules are in another mode; {ASK_FOR_BOTH}"
+        raise ValueError(f"{self.manifest.loss}: compiled for {names}, and {what}")
 
     def _is_in(self, modes: Mapping[str, Mapping[str, bool]]) -> bool:
         return all(

@@ -418,15 +418,20 @@ def by_key(net: nn.Module, x: Tensor) -> Tensor:
     return slope(net, x).square().sum() * {5: 1.0, 7: 2.0}[x.shape[0]]
 
 
+def by_length(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x).square().sum() * float(SCALE) / len(x)
+
+
 def by_values(net: nn.Module, x: Tensor) -> Tensor:
     return slope(net, x).square().sum() * torch.ones(x.shape).numpy().size
 
 
-@pytest.mark.parametrize("loss", [by_type, by_key])
+@pytest.mark.parametrize("loss", [by_type, by_key, by_array, by_values, by_length])
 def test_sizes_that_are_fixed(loss: Callable[..., Tensor], net: nn.Module) -> None:
     """A symbolic size is no number to all host code: such a recording holds for one size."""
     decorated = trace(loss, dynamic=True)
-    with pytest.warns(NestedGradientWarning, match="one size of the arguments only: .*"):
+    said = r"one size of an argument only: .*test_recording.py:"
+    with pytest.warns(NestedGradientWarning, match=said):
         decorated(net, torch.randn(5, 3, dtype=torch.float64))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NestedGradientWarning)
