@@ -23,7 +23,7 @@ from passes import (
     tangent_rules,
     tangent_tables,
 )
-from passes.simplify import aliases, common, masks, zeros
+from passes.simplify import aliases, common, masks, scales, zeros
 from passes.strategies import jvp_over_gradient
 from rewriter import step
 from tests.oracle import check
@@ -125,6 +125,18 @@ def hidden_master(net: nn.Module, x: Tensor) -> Tensor:
     return g.square().sum() + k.sin().sum()
 
 
+def with_data(net: nn.Module, x: Tensor) -> Tensor:
+    """A data loss beside a penalty, at the same points."""
+    p = x.detach().requires_grad_()
+    u = net(p)
+    (g,) = torch.autograd.grad(u.sum(), p, create_graph=True)
+    return g.square().sum() + u.sin().sum()
+
+
+def piecewise() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.LeakyReLU(), nn.Linear(5, 1)).double()
+
+
 def normalized() -> nn.Module:
     layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
     return nn.Sequential(*layers).double()
@@ -168,6 +180,7 @@ SUBJECTS = {
     "seeded": Subject(seeded, strategy="reverse"),
     "master": Subject(hidden_master),
     "norm": Subject(penalty, normalized),
+    "data": Subject(with_data, piecewise, strategy="auto"),
 }
 
 
@@ -362,6 +375,20 @@ def sum_and_difference_commute(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(common, "COMMUTATIVE", {*common.COMMUTATIVE, aten.sub.Tensor})
 
 
+def every_row_scale_is_ones(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(scales, "_is_ones", lambda node: True)
+
+
+def scale_is_forgotten_at_a_mask(patch: pytest.MonkeyPatch) -> None:
+    right = scales._of_branches
+
+    def wrong(node: torch.fx.Node, found: Any) -> Any:
+        scaled = right(node, found)
+        return scaled and scales._Scaled(scaled.key)
+
+    patch.setattr(scales, "_of_branches", wrong)
+
+
 def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     right = joint.finish_joint
 
@@ -431,6 +458,8 @@ PLANTED: dict[Plant, str] = {
     backward_operator_taken_apart_wrongly: "penalty",
     norm_taken_apart_wrongly: "norm",
     sum_and_difference_commute: "operators",
+    every_row_scale_is_ones: "data",
+    scale_is_forgotten_at_a_mask: "data",
     last_gradient_is_forgotten: "penalty",
     state_stays: "norm",
     every_derivative_is_its_own_master: "master",
