@@ -375,18 +375,13 @@ def sum_and_difference_commute(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(common, "COMMUTATIVE", {*common.COMMUTATIVE, aten.sub.Tensor})
 
 
-def every_row_scale_is_ones(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(scales, "_is_ones", lambda node: True)
+def row_scale_is_doubled(patch: pytest.MonkeyPatch) -> None:
+    right = scales._shaped
 
+    def wrong(graph: torch.fx.Graph, scale: torch.fx.Node, like: torch.fx.Node) -> torch.fx.Node:
+        return scales.emit(graph, aten.mul.Scalar, right(graph, scale, like), 2, scale)
 
-def scale_is_forgotten_at_a_mask(patch: pytest.MonkeyPatch) -> None:
-    right = scales._of_branches
-
-    def wrong(node: torch.fx.Node, found: Any) -> Any:
-        scaled = right(node, found)
-        return scaled and scales._Scaled(scaled.key)
-
-    patch.setattr(scales, "_of_branches", wrong)
+    patch.setattr(scales, "_shaped", wrong)
 
 
 def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -458,8 +453,7 @@ PLANTED: dict[Plant, str] = {
     backward_operator_taken_apart_wrongly: "penalty",
     norm_taken_apart_wrongly: "norm",
     sum_and_difference_commute: "operators",
-    every_row_scale_is_ones: "data",
-    scale_is_forgotten_at_a_mask: "data",
+    row_scale_is_doubled: "data",
     last_gradient_is_forgotten: "penalty",
     state_stays: "norm",
     every_derivative_is_its_own_master: "master",
