@@ -59,6 +59,11 @@ def make_points(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return points.requires_grad_(), torch.cat([start, walls]), values
 
 
+def make_args() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Make what the loss takes: for `optimize-nested explain examples/burgers.py:loss`."""
+    return make_network(), *make_points(1000)
+
+
 def exact_solution(x: np.ndarray, t: np.ndarray, nodes: int = 100) -> np.ndarray:
     """Evaluate the Cole–Hopf solution in float64 at positions x and times t ≥ 0 that broadcast.
 
