@@ -21,7 +21,7 @@ CASES: dict[str, Case] = {}
 torch.manual_seed(0)
 for workload in WORKLOADS:
     if workload.name not in ("weighted_laplacian", "biharmonic", "parameter_hvp"):
-        CASES |= {f"{workload.name}, {case.name}": case for case in workload.cases(False)[:2]}
+        CASES |= {f"{workload.name}, {case.name}": case for case in workload.cases(False)[:4]}
 
 
 def in_float64(value: Any) -> Any:
