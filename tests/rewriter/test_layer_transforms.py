@@ -88,14 +88,13 @@ FORMS = [
     parameters_form,
 ]  # fmt: skip
 NAMES = [
-    "Tanh", "LeakyReLU", "layer_norm", "batch_norm_eval", "conv_strided", "softmax", "glu",
-    "attention",
+    "Tanh", "LeakyReLU", "layer_norm", "batch_norm_eval", "conv_strided", "glu",
 ]  # fmt: skip
 # What eager itself cannot do: its own forward-mode formulas are not differentiable, or write over
 # what they have saved.
 REFUSED_BY_EAGER = {
     ("glu", "jvp_form"), ("glu", "jvp_of_grad"), ("glu", "grad_of_jvp"), ("glu", "dual_form"),
-    ("glu", "jacfwd_form"), ("softmax", "dual_form"), ("attention", "dual_form"),
+    ("glu", "jacfwd_form"),
 }  # fmt: skip
 
 
