@@ -23,7 +23,7 @@ settings.register_profile(
 settings.register_profile(
     "fuzz",
     settings.get_profile("tests"),
-    max_examples=int(os.environ.get("PROGRAMS_PER_FAMILY", "60")),
+    max_examples=int(os.environ.get("PROGRAMS_PER_FAMILY", "30")),
     derandomize=False,
     phases=[Phase.generate, Phase.shrink],
 )
