@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -164,16 +164,7 @@ class _StepFunction(torch.autograd.Function):
         outputs, rest = step.forward(inputs)
         for position in step.roles.updated:
             ctx.versions[position] = inputs[position]._version
-        ctx.present = [isinstance(value, Tensor) for value in rest]
-        ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
-        ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
-        differentiable = step.roles.differentiable
-        ctx.like = {
-            i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in differentiable
-        }
-        ctx.mark_non_differentiable(
-            *(u for i, u in enumerate(outputs) if i not in differentiable and isinstance(u, Tensor))
-        )
+        keep(ctx, outputs, rest, step.roles.differentiable)
         return tuple(outputs)
 
     @staticmethod
@@ -181,25 +172,61 @@ class _StepFunction(torch.autograd.Function):
         step: Step = ctx.step
         if torch.is_grad_enabled():
             return (None, *_differentiate_as_written(ctx, cotangents))
-        saved = iter(ctx.saved_tensors)
-        rest = [
-            next(saved) if present else plain
-            for present, plain in zip(ctx.present, ctx.plain, strict=True)
-        ]
-        given = [cotangents[i] for i in step.roles.differentiable]
-        if step.halves is None:
-            grads = [None] * len(rest)
-            if given[0] is not None:
-                grads = one_by_one(lambda c: scaled(rest, c), [given[0]])
-        else:
-            full = [
-                torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-                for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
-            ]
-            grads = one_by_one(lambda *c: step.pull_back(rest, c), full)
+        pull_back = None if step.halves is None else step.pull_back
+        grads = handed_out(ctx, cotangents, pull_back)
         reached = step.reached_from(cotangents)
         by_input = dict(zip(step.roles.wanted, grads, strict=True))
         return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
+
+
+def keep(
+    ctx: Any, outputs: Sequence[Any], rest: Sequence[Any], differentiable: Sequence[int]
+) -> None:
+    """Keep for the backward pass what a step has computed for it.
+
+    Args:
+        ctx: The context of the step's `torch.autograd.Function`.
+        outputs: What the step returns.
+        rest: The gradients, or the residuals that they need.
+        differentiable: Positions of the outputs that have a gradient.
+    """
+    ctx.present = [isinstance(value, Tensor) for value in rest]
+    ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
+    ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
+    ctx.like = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in differentiable}
+    ctx.mark_non_differentiable(
+        *(u for i, u in enumerate(outputs) if i not in differentiable and isinstance(u, Tensor))
+    )
+
+
+def handed_out(
+    ctx: Any,
+    cotangents: Sequence[Tensor | None],
+    pull_back: Callable[[list[Any], Sequence[Tensor]], Sequence[Any]] | None,
+) -> Sequence[Any]:
+    """Return the gradients that belong to cotangents, from what `keep` has kept.
+
+    Args:
+        ctx: The context.
+        cotangents: One for each output; None for zero.
+        pull_back: Computes gradients from residuals and cotangents; None if what was kept are the
+            gradients of one scalar.
+    """
+    saved = iter(ctx.saved_tensors)
+    rest = [
+        next(saved) if present else plain
+        for present, plain in zip(ctx.present, ctx.plain, strict=True)
+    ]
+    given = [cotangents[i] for i in ctx.like]
+    if pull_back is None:
+        if given[0] is None:
+            return [None] * len(rest)
+        return one_by_one(lambda c: scaled(rest, c), [given[0]])
+    full = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
+    ]
+    return one_by_one(lambda *c: pull_back(rest, c), full)
 
 
 def scaled(grads: Sequence[Tensor | None], cotangent: Tensor) -> list[Tensor | None]:

@@ -290,11 +290,11 @@ def _shaped(graph: Graph, scale: Node, like: Node) -> Node:
     value, rank = value_of(scale), value_of(like).dim()
     if value.dim() == rank:
         return scale
-    sizes = [scale_size(graph, scale), *[1] * (rank - 1)]
+    sizes = [_rows_in(graph, scale), *[1] * (rank - 1)]
     return emit(graph, aten.reshape.default, scale, sizes, scale)
 
 
-def scale_size(graph: Graph, scale: Node) -> Any:
+def _rows_in(graph: Graph, scale: Node) -> Any:
     """Return the number of rows, as a node where it is symbolic."""
     size = value_of(scale).shape[0]
     if isinstance(size, int):

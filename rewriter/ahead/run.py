@@ -12,9 +12,8 @@ from rewriter.ahead.arguments import Checker
 from rewriter.ahead.manifest import GraphFile, Input, Program
 from rewriter.ahead.sizes import evaluated
 from rewriter.ahead.structure import leaves_in, rebuild
-from rewriter.batched import one_by_one
 from rewriter.errors import OptimizeNestedError
-from rewriter.step import own_tensors, scaled
+from rewriter.step import handed_out, keep, own_tensors
 
 Graphs = Callable[[str], Callable[..., Sequence[Any]]]
 
@@ -168,14 +167,7 @@ class _Gradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.runner, ctx.sizes = runner, sizes
         outputs, rest = runner.step(inputs, sizes)
-        ctx.present = [isinstance(value, Tensor) for value in rest]
-        ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
-        ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
-        ends = runner.program.differentiable
-        ctx.like = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in ends}
-        ctx.mark_non_differentiable(
-            *(u for i, u in enumerate(outputs) if i not in ends and isinstance(u, Tensor))
-        )
+        keep(ctx, outputs, rest, runner.program.differentiable)
         return tuple(outputs)
 
     @staticmethod
@@ -187,22 +179,9 @@ class _Gradients(torch.autograd.Function):
             )
         runner: Runner = ctx.runner
         program = runner.program
-        saved = iter(ctx.saved_tensors)
-        rest = [
-            next(saved) if present else plain
-            for present, plain in zip(ctx.present, ctx.plain, strict=True)
-        ]
-        given = [cotangents[i] for i in program.differentiable]
-        if program.pullback is None:
-            grads: Sequence[Any] = [None] * len(rest)
-            if given[0] is not None:
-                grads = one_by_one(lambda c: scaled(rest, c), [given[0]])
-        else:
-            full = [
-                torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-                for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
-            ]
-            grads = one_by_one(lambda *c: runner.pull_back(rest, c, ctx.sizes), full)
+        sizes = ctx.sizes
+        pull_back = lambda rest, c: runner.pull_back(rest, c, sizes)  # noqa: E731
+        grads = handed_out(ctx, cotangents, pull_back if program.pullback is not None else None)
         ends = [str(i) for i, c in enumerate(cotangents) if c is not None]
         reached = {i for end in ends for i in program.reached.get(end, ())}
         by_input = dict(zip(program.wanted, grads, strict=True))
