@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule, Node
 
-from passes.graph import copy_graph, is_float, placeholders, print_graph, results
+from passes.graph import copy_graph, is_float, placeholders, print_graph, results, value_of
 from passes.joint import Roles, trace_value
 from passes.markers import MARKS
 from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
@@ -171,7 +172,7 @@ def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewr
     )
     active = active_nodes(module, requiring)
     check_differentiability(module, roles.n_outputs, roles.differentiable, active)
-    seeded = not _is_one_scalar(module, roles)
+    seeded = not _is_one_scalar(module, roles) or _has_half_precision(module)
     choice = choose(module, roles, seeded, captured, as_written, flat.promoted, options)
     stage("choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
     simplified = choice.joint.meta["simplified"]
@@ -198,6 +199,14 @@ def _is_one_scalar(module: GraphModule, roles: Roles) -> bool:
         return False
     loss = results(module.graph)[roles.differentiable[0]]
     return isinstance(loss, Node) and all(size == 1 for size in loss.meta["val"].shape)
+
+
+def _has_half_precision(module: GraphModule) -> bool:
+    """Whether anything is computed in float16, whose smallest numbers gradients fall below: then
+    the loss's cotangent, which a `torch.amp.GradScaler` makes large, has to come first."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    values = (value_of(node) for graph in graphs for node in graph.nodes)
+    return any(getattr(value, "dtype", None) is torch.float16 for value in values)
 
 
 def check_differentiability(

@@ -227,6 +227,34 @@ def test_inner_training_steps() -> None:
     check(loss, [mlp(nn.Tanh, 3, 6, 3)], points())
 
 
+def test_scaled_loss_in_half_precision() -> None:
+    """What a `GradScaler` multiplies the loss by reaches float16 before its gradients underflow."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
+    x = torch.randn(4096, 4)
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.float16, enabled=x.dtype is torch.float32):
+            x = x.detach().requires_grad_()
+            (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return 1e-4 * (g.norm(dim=1) - 1).square().mean()
+
+    def gradient(loss: Any, net: nn.Module, x: Tensor, scale: float) -> Tensor:
+        own = copy.deepcopy(net)
+        (scale * loss(own, x)).backward()
+        grads = [p.grad for p in own.parameters() if p.grad is not None]
+        return torch.cat([g.double().flatten() / scale for g in grads])
+
+    exact = gradient(loss, copy.deepcopy(net).double(), x.double(), 1.0)
+    ours = optimize_nested(loss, backend="eager", strict=True)
+    lost, eager, kept = (
+        (gradient(form, net, x, scale) - exact).norm() / exact.norm()
+        for form, scale in ((loss, 1.0), (loss, 2.0**16), (ours, 2.0**16))
+    )
+    assert lost > 0.5, "unscaled gradients do not underflow: the test shows nothing"
+    assert kept < 2 * eager < 0.05
+
+
 def test_autocast_around_the_call() -> None:
     """Autocast of the call is part of what is captured, and ends with it, as in eager."""
     torch.manual_seed(0)
