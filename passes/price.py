@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from passes.bytes import as_expression, node_bytes
 from passes.graph import placeholders, value_of
-
-# Views move no bytes.
-_VIEWS = {
-    torch.ops.aten.view.default, torch.ops.aten.reshape.default,
-    torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default,
-    torch.ops.aten.permute.default, torch.ops.aten.t.default, torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims, torch.ops.aten.select.int,
-    torch.ops.aten.slice.Tensor, torch.ops.aten.transpose.int, torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default, torch.ops.aten.diagonal.default,
-}  # fmt: skip
+from passes.kept import bytes_kept
+from passes.kernels import count_kernels, is_product
 
 
 @dataclass(frozen=True)
@@ -34,14 +26,32 @@ class Price:
         flops: Floating-point operations of matrix products and convolutions, two per multiply-add,
             by the formulas of `torch.utils.flop_counter.flop_registry`.
         bytes_moved: Bytes that operators read and write if each ran alone (views are free).
+        bytes_kept: The most bytes that computed values fill at one moment: `passes.kept`.
+        kernels: Groups of pointwise operators that one kernel each can compute: `passes.kernels`.
     """
 
     flops: sympy.Expr
     bytes_moved: sympy.Expr
+    bytes_kept: sympy.Expr
+    kernels: int
 
-    def at(self, hints: dict[sympy.Symbol, int]) -> tuple[int, int]:
+    def at(self, hints: dict[sympy.Symbol, int]) -> Cost:
         """Return the numbers for given sizes."""
-        return evaluated(self.flops, hints), evaluated(self.bytes_moved, hints)
+        return Cost(
+            evaluated(self.flops, hints),
+            evaluated(self.bytes_moved, hints),
+            evaluated(self.bytes_kept, hints),
+            self.kernels,
+        )
+
+
+class Cost(NamedTuple):
+    """A `Price` at given sizes."""
+
+    flops: int
+    bytes_moved: int
+    bytes_kept: int
+    kernels: int
 
 
 UNKNOWN = 64
@@ -55,21 +65,6 @@ def evaluated(expression: sympy.Expr, hints: dict[sympy.Symbol, int]) -> int:
     return int(known.subs(dict.fromkeys(known.free_symbols, UNKNOWN)))
 
 
-def _expr(value: Any) -> sympy.Expr:
-    node = getattr(value, "node", None)
-    return sympy.sympify(node.expr if node is not None else value)
-
-
-def size_in_bytes(value: Any) -> sympy.Expr:
-    """Return the bytes that a tensor fills."""
-    if not isinstance(value, Tensor):
-        return sympy.Integer(0)
-    elements = sympy.Integer(1)
-    for size in value.shape:
-        elements *= _expr(size)
-    return elements * value.element_size()
-
-
 def node_flops(node: Node) -> sympy.Expr:
     """Return the matmul and convolution FLOPs of one node."""
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
@@ -77,7 +72,7 @@ def node_flops(node: Node) -> sympy.Expr:
         return sympy.Integer(0)
     args = torch.fx.map_arg(node.args, value_of)
     kwargs = torch.fx.map_arg(node.kwargs, value_of)
-    return _expr(formula(*args, **kwargs, out_val=value_of(node)))  # pyright: ignore
+    return as_expression(formula(*args, **kwargs, out_val=value_of(node)))  # pyright: ignore
 
 
 def price(module: GraphModule) -> Price:
@@ -87,27 +82,12 @@ def price(module: GraphModule) -> Price:
         if node.op == "call_function":
             flops += node_flops(node)
             moved += node_bytes(node)
-    return Price(sympy.sympify(flops), sympy.sympify(moved))
-
-
-def is_view(node: Node) -> bool:
-    """Whether a node only looks at memory that another has filled."""
-    return node.target in _VIEWS or getattr(node.target, "__name__", "") == "getitem"
-
-
-def node_bytes(node: Node) -> sympy.Expr:
-    """Return the bytes that one node reads and writes."""
-    if is_view(node):
-        return sympy.Integer(0)
-    read = (size_in_bytes(value_of(source)) for source in node.all_input_nodes)
-    made = (size_in_bytes(value) for value in tree_leaves(value_of(node)))
-    return sum([*read, *made], start=sympy.Integer(0))
+    return Price(flops, moved, bytes_kept(module), count_kernels(module))
 
 
 def count_matmuls(module: GraphModule) -> int:
     """Return how many matrix products and convolutions a graph holds."""
-    targets = [getattr(node.target, "overloadpacket", None) for node in module.graph.nodes]
-    return sum(target in flop_registry for target in targets)
+    return sum(is_product(node) for node in module.graph.nodes)
 
 
 def size_hints(module: GraphModule) -> dict[sympy.Symbol, int]:
@@ -175,6 +155,6 @@ class FlopCounter(TorchDispatchMode):
                 return out
         out = func(*args, **kwargs)
         if formula is not None:
-            self.total += _expr(formula(*args, **kwargs, out_val=out))
+            self.total += as_expression(formula(*args, **kwargs, out_val=out))
             self.calls += 1
         return out

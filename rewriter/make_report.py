@@ -8,11 +8,10 @@ import sympy
 from torch.fx import GraphModule
 
 from passes.graph import describe, placeholders, value_of
-from passes.kept import bytes_kept
 from passes.nest import Site
 from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
-from rewriter.choose import AS_WRITTEN, REVERSE
+from rewriter.forms import AS_WRITTEN, REVERSE
 from rewriter.report import Considered, Report, SiteReport
 from rewriter.rewrite import Rewritten
 from rewriter.sources import Source, place_of, sources_of
@@ -43,7 +42,7 @@ def make_report(
         flops_formula=taken.price.flops,
         flops_as_written_formula=rewritten.as_written.flops,
         bytes_moved=taken.bytes_moved,
-        bytes_kept=bytes_kept(rewritten.joint, hints),
+        bytes_kept=taken.bytes_kept,
         matmuls=count_matmuls(rewritten.joint),
         matmuls_as_written=rewritten.as_written.matmuls,
         graph=rewritten.joint,

@@ -25,7 +25,8 @@ class Options:
 
     Attributes:
         backend: ``"inductor"`` compiles the rewritten graph, ``"eager"`` runs it op by op.
-        mode: Passed to Inductor.
+        mode: Passed to Inductor. ``"max-autotune"`` and ``"max-autotune-no-cudagraphs"`` also time
+            the best candidates on the arguments of the first call and keep the fastest.
         dynamic: As in `torch.compile`.
         strategy: A strategy's name for all sites, or a mapping from site names to strategies;
             ``"auto"`` takes the cheapest.
@@ -59,6 +60,11 @@ class Options:
         for name in ("strict", "check", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the best candidates are timed on the user's arguments, the fastest kept."""
+        return self.mode.startswith("max-autotune")
 
     def strategy_for(self, site: str) -> str:
         """Return the strategy that was asked for at a site."""

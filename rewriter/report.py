@@ -16,9 +16,9 @@ from rich.text import Text
 from torch.fx import GraphModule
 
 from passes.price import size_hints
-from rewriter.choose import Candidate
 from rewriter.diff import StageDiff, diff_stages
 from rewriter.files import write_whole
+from rewriter.forms import Candidate
 from rewriter.page import render_html, render_svg
 from rewriter.report_html import table_of
 from rewriter.report_nodes import nodes_of

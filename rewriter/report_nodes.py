@@ -9,10 +9,11 @@ import sympy
 from torch.fx import GraphModule, Node
 
 from passes import derivative
+from passes.bytes import node_bytes
 from passes.graph import describe, value_of
 from passes.markers import GRADIENT, TANGENT
 from passes.origin import mark_of, origin_of
-from passes.price import evaluated, node_bytes, node_flops
+from passes.price import evaluated, node_flops
 from rewriter.sources import place_of, shown
 
 _KINDS = {"placeholder": "input", "output": "output"}

@@ -1,11 +1,11 @@
 """Ways to evaluate a site and its pullback, one file each."""
 
-from passes.strategies.base import Refused, Strategy
+from passes.strategies.base import Inside, Refused, Strategy
+from passes.strategies.in_form import NAMES, STRATEGIES, put_in_form
 from passes.strategies.jvp_over_gradient import JvpOverGradient
 from passes.strategies.reverse import Reverse
 
-# In order of preference at equal price.
-STRATEGIES: tuple[Strategy, ...] = (JvpOverGradient(), Reverse())
-NAMES = tuple(strategy.name for strategy in STRATEGIES)
-
-__all__ = ["NAMES", "STRATEGIES", "JvpOverGradient", "Refused", "Reverse", "Strategy"]
+__all__ = [
+    "NAMES", "STRATEGIES", "Inside", "JvpOverGradient", "Refused", "Reverse", "Strategy",
+    "put_in_form",
+]  # fmt: skip

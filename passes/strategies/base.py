@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import TypeAlias
 
 from torch.fx import GraphModule, Node
+
+# Puts every derivative of a body into the form wished for, in place, given the nodes that carry a
+# gradient; returns site name → strategy taken.
+Inside: TypeAlias = Callable[[GraphModule, set[Node]], dict[str, str]]
 
 # What every strategy leaves a directional derivative as: forward mode, pulled back by reverse mode.
 FORWARD = "forward"
@@ -22,7 +27,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def build(
-        self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
+        self, module: GraphModule, node: Node, active: set[Node], inside: Inside
     ) -> dict[str, str]:
         """Put a derivative node, and those inside its body, into this strategy's form, in place.
 
@@ -30,7 +35,7 @@ class Strategy(ABC):
             module: The derivative graph that holds the node.
             node: A node that calls `passes.derivative.gradient`.
             active: The nodes of that graph that carry a gradient from outside.
-            wish: Site name → strategy, for the sites inside the body.
+            inside: Puts the derivatives of a body into their forms, in place.
 
         Returns:
             Site name → strategy taken, for this site and those inside its body.

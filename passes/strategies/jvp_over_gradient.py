@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from passes.linearize import linearize
 from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.origin import note_new, note_site
 from passes.simplify import simplify
-from passes.strategies.base import FORWARD, Refused, Strategy
+from passes.strategies.base import FORWARD, Inside, Refused, Strategy
 from passes.tangent_rules import NoRule
 from passes.tangent_tables import NOT_A_GRADIENT
 from passes.tracing import fake_mode_of, trace
@@ -49,7 +48,7 @@ class JvpOverGradient(Strategy):
     name = "jvp_over_gradient"
 
     def build(
-        self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
+        self, module: GraphModule, node: Node, active: set[Node], inside: Inside
     ) -> dict[str, str]:
         """Replace ``gradient(body, …)`` by ``jvp_over_gradient(P, T, …)``."""
         if node.target is derivative.tangent:
@@ -75,7 +74,7 @@ class JvpOverGradient(Strategy):
         _refuse_where_no_gradient(body_of(module, node))
         used = sorted({arguments(item)[1] for item in node.users})
         name = node.meta["site"].name
-        body, taken = self._inner_sites_built(body_of(module, node), parts, active, wish)
+        body, taken = self._inner_sites_built(body_of(module, node), parts, active, inside)
         try:
             self._replace(module, node, body, parts, active, used)
         except NoRule as error:
@@ -83,27 +82,18 @@ class JvpOverGradient(Strategy):
         return {**taken, name: self.name}
 
     def _inner_sites_built(
-        self, body: GraphModule, parts: _Parts, active: set[Node], wish: Mapping[str, str]
+        self, body: GraphModule, parts: _Parts, active: set[Node], inside: Inside
     ) -> tuple[GraphModule, dict[str, str]]:
-        """Return the body with the derivatives inside it in this form too, where they accept it."""
-        taken = {site.name: "reverse" for site in all_sites(body, sites(body))}
-        if not taken:
-            return body, taken
+        """Return the body with the derivatives inside it in their forms."""
+        if not sites(body):
+            return body, {}
         body = copy_graph(body)
-        inputs = placeholders(body.graph)
         moving = {
             inner
-            for inner, outer in zip(inputs, parts.inputs, strict=False)
+            for inner, outer in zip(placeholders(body.graph), parts.inputs, strict=False)
             if outer in parts.points or outer in active
         }
-        inside = active_nodes(body, moving)
-        for inner in sites(body):
-            if wish.get(inner.meta["site"].name) != self.name:
-                continue
-            try:
-                taken |= self.build(body, inner, inside, wish)
-            except Refused:
-                continue  # reverse mode inside is as exact
+        taken = inside(body, active_nodes(body, moving))
         body.recompile()
         return body, taken
 

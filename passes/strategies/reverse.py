@@ -3,13 +3,11 @@ graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch.fx import GraphModule, Node
 
 from passes import derivative
 from passes.nest import all_sites
-from passes.strategies.base import FORWARD, Strategy
+from passes.strategies.base import FORWARD, Inside, Strategy
 
 
 class Reverse(Strategy):
@@ -19,7 +17,7 @@ class Reverse(Strategy):
     name = "reverse"
 
     def build(
-        self, module: GraphModule, node: Node, active: set[Node], wish: Mapping[str, str]
+        self, module: GraphModule, node: Node, active: set[Node], inside: Inside
     ) -> dict[str, str]:
         """Change nothing: `passes.derivative.gradient` means reverse mode."""
         taken = {site.name: self.name for site in all_sites(module, [node])}

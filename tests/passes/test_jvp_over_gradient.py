@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes import derivative
 from passes.graph import copy_graph, results
 from passes.joint import Roles, trace_joint, trace_value
 from passes.nest import all_sites, sites
 from passes.price import price
-from passes.strategies import NAMES, STRATEGIES, JvpOverGradient, Refused, Reverse
+from passes.strategies import NAMES, STRATEGIES, JvpOverGradient, Refused, Reverse, put_in_form
 from passes.verify import verify
 from tests.passes.flat import (
     Eager,
@@ -34,15 +34,18 @@ from tests.passes.random_losses import random_loss
 aten = torch.ops.aten
 
 
+def nothing_inside(body: GraphModule, active: set[Node]) -> dict[str, str]:
+    """Leave the derivatives of a body as they are."""
+    return {}
+
+
 def in_form(module: GraphModule, inputs: list[Tensor]) -> tuple[GraphModule, dict[str, str]]:
     """A copy with every site in the JVP-over-gradient form."""
     form = copy_graph(module)
     active = active_of(form, inputs)
     found = all_sites(form, sites(form))
     wish = {site.name: "jvp_over_gradient" for site in found}
-    taken: dict[str, str] = {}
-    for node in sites(form):
-        taken |= JvpOverGradient().build(form, node, active, wish)
+    taken = put_in_form(form, active, wish, {})
     form.recompile()
     verify(form)
     return form, taken
@@ -121,7 +124,7 @@ def test_reverse_changes_nothing(loss: Loss, inputs: list[Tensor]) -> None:
     module = nested(flat_graph(loss, *inputs))
     before = str(module.graph)
     for node in sites(module):
-        taken = Reverse().build(module, node, active_of(module, inputs), {})
+        taken = Reverse().build(module, node, active_of(module, inputs), nothing_inside)
         assert set(taken.values()) == {"reverse"}
     assert str(module.graph) == before
     joint_of(module, loss, inputs)
@@ -227,7 +230,7 @@ def refusal(loss: Loss, *inputs: Tensor) -> str:
     before = str(module.graph)
     (node,) = sites(module)
     with pytest.raises(Refused) as caught:
-        JvpOverGradient().build(module, node, active_of(module, list(inputs)), {})
+        JvpOverGradient().build(module, node, active_of(module, list(inputs)), nothing_inside)
     assert str(module.graph) == before
     return str(caught.value)
 

@@ -89,8 +89,9 @@ def test_bytes_moved() -> None:
 
 def test_price_at_sizes() -> None:
     n = sympy.Symbol("n")
-    assert Price(6 * n, n**2).at({n: 5}) == (30, 25)
-    assert Price(sympy.Integer(7), sympy.Integer(9)).at({}) == (7, 9)
+    kept = sympy.Max(4 * n, 12, evaluate=False)
+    assert Price(6 * n, n**2, kept, 3).at({n: 5}) == (30, 25, 20, 3)
+    assert Price(6 * n, n**2, kept, 3).at({n: 2}).bytes_kept == 12
 
 
 def test_symbolic_sizes() -> None:

@@ -1,0 +1,56 @@
+"""Put the derivatives of a graph into the forms wished for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+from torch.fx import GraphModule, Node
+
+from passes.nest import sites
+from passes.strategies.base import Refused, Strategy
+from passes.strategies.jvp_over_gradient import JvpOverGradient
+from passes.strategies.reverse import Reverse
+
+REVERSE = Reverse()
+# In order of preference at equal price.
+STRATEGIES: tuple[Strategy, ...] = (JvpOverGradient(), REVERSE)
+NAMES = tuple(strategy.name for strategy in STRATEGIES)
+
+
+def put_in_form(
+    module: GraphModule,
+    active: set[Node],
+    wish: Mapping[str, str],
+    refusals: MutableMapping[tuple[str, str], str],
+) -> dict[str, str]:
+    """Put every derivative of a graph, and those inside their bodies, into the form wished for, or
+    into reverse mode where that is refused or nothing is wished.
+
+    Args:
+        module: A derivative graph; changed in place, not recompiled.
+        active: Its nodes that carry a gradient from outside.
+        wish: Site name → strategy.
+        refusals: Gets (site name, strategy) → reason.
+
+    Returns:
+        Site name → strategy taken. A derivative that is also computed inside of another's body has
+        one name for all; the outermost one counts.
+    """
+    by_name = {strategy.name: strategy for strategy in STRATEGIES}
+    found: dict[str, str] = {}
+    own: dict[str, str] = {}
+
+    def inside(body: GraphModule, nodes: set[Node]) -> dict[str, str]:
+        return put_in_form(body, nodes, wish, refusals)
+
+    for node in sites(module):
+        name = node.meta["site"].name
+        strategy = by_name.get(wish.get(name, REVERSE.name), REVERSE)
+        try:
+            taken = strategy.build(module, node, active, inside)
+        except Refused as refusal:
+            refusals[name, strategy.name] = str(refusal)
+            taken = REVERSE.build(module, node, active, inside)
+        own[name] = taken.pop(name)
+        found = taken | found
+    return found | own

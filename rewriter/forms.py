@@ -1,0 +1,201 @@
+"""The forms a step can take: each is built, traced, simplified and priced once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+from passes.graph import copy_graph, placeholders, print_graph, results, value_of, where
+from passes.joint import Roles, trace_joint, trace_step
+from passes.nest import Site, active_nodes, all_sites, sites
+from passes.origin import mark_of, note
+from passes.price import Price, evaluated, node_flops, price, size_hints
+from passes.strategies import NAMES, put_in_form
+from passes.tracing import example_inputs
+from passes.tracking import Tracked
+from rewriter.capture import DERIVATIVES
+from rewriter.recurrent import KINDS, layer_by_layer
+from rewriter.stateful import WRITTEN_OUT, levels_restored
+
+AS_WRITTEN = "as written"
+REVERSE = "reverse"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form the step could take.
+
+    Attributes:
+        strategies: Site name → strategy.
+        price: Of the whole joint graph.
+        flops: Its FLOPs at the sizes at hand.
+        bytes_moved: Its bytes at the sizes at hand.
+        bytes_kept: The most bytes alive at once, at the sizes at hand.
+        kernels: Groups of pointwise operators.
+        nodes: How many operators it has.
+        site_flops: Site name → the FLOPs of its value and its pullback, as far as told apart.
+        site_costs: The same at the sizes at hand.
+        seconds: Of one step on the caller's arguments, the median; None if it was not timed.
+    """
+
+    strategies: Mapping[str, str]
+    price: Price
+    flops: int
+    bytes_moved: int
+    bytes_kept: int
+    kernels: int
+    nodes: int
+    site_flops: Mapping[str, sympy.Expr]
+    site_costs: Mapping[str, int]
+    seconds: float | None = None
+
+    @property
+    def preference(self) -> tuple[int, int, int, int]:
+        """What is compared, the least first: FLOPs, how far down the strategies stand in the order
+        of preference, bytes kept, bytes moved."""
+        ranks = [NAMES.index(s) if s in NAMES else 0 for s in self.strategies.values()]
+        written = len(NAMES) * list(self.strategies.values()).count(AS_WRITTEN)
+        return self.flops, sum(ranks) + written, self.bytes_kept, self.bytes_moved
+
+
+@dataclass(frozen=True)
+class Form:
+    """A candidate with its graphs.
+
+    Attributes:
+        candidate: Its strategies and its price.
+        module: The derivative graph with each site in its form.
+        joint: Loss, state updates and gradients as one graph.
+        build_seconds: Time to build ``module``.
+        trace_seconds: Time to trace and simplify ``joint``.
+    """
+
+    candidate: Candidate
+    module: GraphModule
+    joint: GraphModule
+    build_seconds: float
+    trace_seconds: float
+
+
+class Forms:
+    """Builds forms of one derivative graph; one that comes out again is not traced again.
+
+    Attributes:
+        sites: The nested derivatives, inner ones first.
+        refusals: (site name, strategy) → reason, for strategies that were refused in some form.
+    """
+
+    def __init__(self, module: GraphModule, roles: Roles, *, seeded: bool) -> None:
+        self.module, self.roles, self.seeded = module, roles, seeded
+        self.sites = all_sites(module, sites(module))
+        self.refusals: dict[tuple[str, str], str] = {}
+        self._by_wish: dict[frozenset[tuple[str, str]], Form] = {}
+        self._by_text: dict[tuple[str, ...], Form] = {}
+
+    def build(self, wish: Mapping[str, str]) -> Form:
+        """Return the form with each site in the strategy wished for, or in reverse mode where that
+        is refused."""
+        key = frozenset(wish.items())
+        if key not in self._by_wish:
+            self._by_wish[key] = self._built(wish)
+        return self._by_wish[key]
+
+    def accepted(self, name: str, wish: Mapping[str, str]) -> list[str]:
+        """Return the strategies that a site accepts while the others are as wished for."""
+        return [s for s in NAMES if self._in_form({**wish, name: s})[1][name] == s]
+
+    def _built(self, wish: Mapping[str, str]) -> Form:
+        start = time.perf_counter()
+        module, taken = self._in_form(wish)
+        parts = [part for part in module.modules() if isinstance(part, GraphModule)]
+        text = tuple(print_graph(part) for part in parts)
+        if text not in self._by_text:
+            traced = time.perf_counter()
+            joint = trace_joint(module, self.roles, seeded=self.seeded)
+            seconds = traced - start, time.perf_counter() - traced
+            self._by_text[text] = Form(_priced(taken, joint), module, joint, *seconds)
+        return self._by_text[text]
+
+    def _in_form(self, wish: Mapping[str, str]) -> tuple[GraphModule, dict[str, str]]:
+        module = copy_graph(self.module)
+        inputs = placeholders(module.graph)
+        active = active_nodes(module, {inputs[i] for i in self.roles.wanted})
+        taken = put_in_form(module, active, wish, self.refusals)
+        module.recompile()
+        self._note_what_is_inside(wish, taken)
+        return module, taken
+
+    def _note_what_is_inside(self, wish: Mapping[str, str], taken: Mapping[str, str]) -> None:
+        """Say why a site has not the strategy wished for where nobody was asked: reverse mode
+        differentiates a body as a whole."""
+        for name, strategy in taken.items():
+            wanted = wish.get(name, REVERSE)
+            if strategy == REVERSE and wanted not in (REVERSE, AS_WRITTEN):
+                reason = "the derivative around it is in reverse mode, with all that is inside it"
+                self.refusals.setdefault((name, wanted), reason)
+
+    def build_as_written(self, captured: GraphModule, promoted: Sequence[int]) -> Form:
+        """Trace the captured graph itself, derivatives and all, under autograd: never dearer than
+        as written.
+
+        Args:
+            captured: The loss as written.
+            promoted: Inputs that the loss itself makes require grad.
+        """
+        roles = self.roles
+        like = [value_of(results(self.module.graph)[i]) for i in roles.differentiable]
+        captured = _written_out(captured, self.sites)
+
+        def run(inputs: list[Any]) -> list[Any]:
+            for i in roles.updated:
+                inputs[i] = inputs[i].clone()
+            with levels_restored():
+                outputs = Tracked(captured, derivatives=DERIVATIVES).run(*inputs)
+            return [*outputs, *(inputs[i] for i in roles.updated)]
+
+        start = time.perf_counter()
+        joint = trace_step(
+            run,
+            example_inputs(self.module),
+            roles,
+            leaves=[i for i in roles.wanted if i not in promoted],
+            cotangents=[torch.empty_like(value) for value in like] if self.seeded else [],
+        )
+        candidate = _priced({site.name: AS_WRITTEN for site in self.sites}, joint)
+        return Form(candidate, self.module, joint, 0.0, time.perf_counter() - start)
+
+
+def _written_out(captured: GraphModule, found: Sequence[Site]) -> GraphModule:
+    """Return a copy that can be traced, its derivatives named as the sites that they are."""
+    # PyTorch's own higher derivatives of norm layers are wrong; their formulas' are not.
+    captured = copy_graph(captured)
+    left = list(found)
+    for node in captured.graph.nodes:
+        node.target = WRITTEN_OUT.get(node.target, node.target)
+        note(node, role="primal", stage="flatten")
+        here = [site for site in left if site.where == where(node)]
+        if node.target in DERIVATIVES and here:
+            note(node, site=here[0].name)
+            left.remove(here[0])
+        if node.target in KINDS:
+            node.target, node.args = layer_by_layer, (KINDS[node.target], *node.args)
+    captured.recompile()
+    return captured
+
+
+def _priced(taken: Mapping[str, str], joint: GraphModule) -> Candidate:
+    cost, hints = price(joint), size_hints(joint)
+    calls = [node for node in joint.graph.nodes if node.op == "call_function"]
+    by_site: dict[str, sympy.Expr] = dict.fromkeys(taken, sympy.Integer(0))
+    for node in calls:
+        site = mark_of(node).site
+        if site in by_site:
+            by_site[site] += node_flops(node)
+    at_hand = {name: evaluated(flops, hints) for name, flops in by_site.items()}
+    return Candidate(taken, cost, *cost.at(hints), len(calls), by_site, at_hand)
