@@ -103,14 +103,16 @@ def size_hints(module: GraphModule) -> dict[sympy.Symbol, int]:
         for size in sizes:
             shapes = getattr(getattr(size, "node", None), "shape_env", None)
             if shapes is not None:
-                hints |= {symbol: int(number) for symbol, number in _known_sizes(shapes).items()}
+                hints |= known_sizes(shapes)
     return hints
 
 
-def _known_sizes(shapes: Any) -> dict[sympy.Symbol, Any]:
-    """Return what symbols stand for; the table was renamed between torch 2.11 and 2.13."""
+def known_sizes(shapes: Any) -> dict[sympy.Symbol, int]:
+    """Return what the symbols of a `ShapeEnv` stand for."""
+    # The table was renamed between torch 2.11 and 2.13.
     known = getattr(shapes, "backed_var_to_val", None)
-    return shapes.var_to_val if known is None else known
+    table = shapes.var_to_val if known is None else known
+    return {symbol: int(number) for symbol, number in table.items()}
 
 
 # What a tensor subclass is asked about itself: nothing runs.

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from passes.graph import placeholders
+from passes.live import LiveBytes
 from passes.price import FlopCounter
 from passes.tracing import fake_mode_of, without_fused_kernels
 from rewriter.capture import example_of
@@ -28,6 +29,8 @@ class AsWritten:
     Attributes:
         flops: Matmul and convolution FLOPs of loss and gradients, in the symbolic sizes.
         matmuls: How many matrix products and convolutions that is.
+        bytes_kept: The most bytes of computed values that eager has alive at once, at the sizes at
+            hand; inputs do not count.
         wanted: Positions of the inputs that require grad.
         reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the
             others ``.grad`` stays None.
@@ -35,6 +38,7 @@ class AsWritten:
 
     flops: sympy.Expr
     matmuls: int
+    bytes_kept: int
     wanted: tuple[int, ...]
     reached: dict[int, frozenset[int]]
 
@@ -100,21 +104,23 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
     )
     start = [i for i in wanted if i not in promoted]
     mode = fake_mode_of(examples)
-    with mode, _numbers_forgotten(mode), FlopCounter() as counter:
+    with mode, _numbers_forgotten(mode), LiveBytes() as live, FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
+    with mode, _numbers_forgotten(mode):
         leaves = [own[i] for i in wanted]
         ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
-        # Counted once, all outputs together, as one backward pass would.
-        gradients_of(outputs, leaves, retain_graph=True)
-        matmuls = counter.calls
-    reached = {}
-    with mode, _numbers_forgotten(mode):
+        reached = {}
         for end in ends:
             grads = gradients_of([outputs[end]], leaves, retain_graph=True)
             reached[end] = frozenset(
                 i for i, grad in zip(wanted, grads, strict=True) if grad is not None
             )
-    return AsWritten(counter.total, matmuls, wanted, reached)
+    with mode, _numbers_forgotten(mode), live, counter:
+        # Counted once, all outputs together, as one backward pass would.
+        gradients_of(outputs, leaves)
+    # The leaves are copies of the inputs, alive all the time.
+    copied = sum(live.bytes_of(x) for x in own if isinstance(x, Tensor))
+    return AsWritten(counter.total, counter.calls, live.most - copied, wanted, reached)
 
 
 @contextlib.contextmanager

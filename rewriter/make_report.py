@@ -11,7 +11,8 @@ from passes.graph import describe, placeholders, value_of
 from passes.nest import Site
 from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
-from rewriter.forms import AS_WRITTEN, REVERSE
+from rewriter.choose import Choice
+from rewriter.forms import AS_WRITTEN, REVERSE, Candidate
 from rewriter.report import Considered, Report, SiteReport
 from rewriter.rewrite import Rewritten
 from rewriter.sources import Source, place_of, sources_of
@@ -37,12 +38,16 @@ def make_report(
         sites=sites,
         stages=rewritten.stages,
         candidates=rewritten.choice.candidates,
+        taken=taken,
+        untried=rewritten.choice.untried,
         flops=taken.flops,
         flops_as_written=evaluated(rewritten.as_written.flops, hints),
         flops_formula=taken.price.flops,
         flops_as_written_formula=rewritten.as_written.flops,
         bytes_moved=taken.bytes_moved,
+        kernels=taken.kernels,
         bytes_kept=taken.bytes_kept,
+        bytes_kept_as_written=rewritten.as_written.bytes_kept,
         matmuls=count_matmuls(rewritten.joint),
         matmuls_as_written=rewritten.as_written.matmuls,
         graph=rewritten.joint,
@@ -94,17 +99,6 @@ def _recompiles(specialisations: Sequence[Rewritten]) -> tuple[str, ...]:
 def _site_report(rewritten: Rewritten, site: Site, hints: dict[sympy.Symbol, int]) -> SiteReport:
     choice = rewritten.choice
     strategy = choice.taken.strategies[site.name]
-    refused = [f"{s} refused: {r}" for (name, s), r in choice.refusals.items() if name == site.name]
-    if site.name in choice.asked:
-        reason = "asked for"
-    elif strategy == AS_WRITTEN:
-        reason = "every rewritten form costs more FLOPs than what is written"
-    elif refused:
-        reason = "; ".join(refused)
-    elif len(choice.candidates) == 1:
-        reason = "every other strategy gives the same form here"
-    else:
-        reason = "fewest FLOPs, or first among equals"
     formula = choice.taken.site_flops.get(site.name, sympy.Integer(0))
     return SiteReport(
         name=site.name,
@@ -113,30 +107,57 @@ def _site_report(rewritten: Rewritten, site: Site, hints: dict[sympy.Symbol, int
         order=site.order,
         status="as written" if strategy in (REVERSE, AS_WRITTEN) else "rewritten",
         strategy=strategy,
-        reason=reason,
-        candidates=tuple(_considered(rewritten, site, strategy)),
+        reason=_reason(choice, site.name),
+        candidates=tuple(_considered(choice, site.name)),
         flops=evaluated(formula, hints),
         flops_formula=formula,
     )
 
 
-def _considered(rewritten: Rewritten, site: Site, taken: str) -> list[Considered]:
-    """Return every strategy that was built or refused at a site, in the order of trial."""
-    choice = rewritten.choice
-    best = choice.taken.flops
+def _reason(choice: Choice, name: str) -> str:
+    """Say why a site has the strategy that it has."""
+    taken = choice.taken
+    refused = [f"{s} refused: {r}" for (site, s), r in choice.refusals.items() if site == name]
+    others = [c for c in choice.candidates if c.strategies[name] != taken.strategies[name]]
+    if name in choice.asked:
+        return "asked for"
+    if taken.seconds is not None:
+        return "the fastest on the arguments of the first call, or the cheapest of the fastest"
+    if taken.strategies[name] == AS_WRITTEN:
+        return "every rewritten form costs more FLOPs than what is written"
+    if not others and refused:
+        return "; ".join(refused)
+    if not others:
+        return "every other strategy gives the same form here"
+    if all(other.flops > taken.flops for other in others):
+        return "fewest FLOPs"
+    return "fewest FLOPs, and first among equals"
+
+
+def _considered(choice: Choice, name: str) -> list[Considered]:
+    """Return every strategy that was built or refused at a site, in the order of trial; each with
+    the best form that has it there."""
+    taken = choice.taken
     found = {
         strategy: Considered(strategy, False, reason)
-        for (name, strategy), reason in choice.refusals.items()
-        if name == site.name
+        for (site, strategy), reason in choice.refusals.items()
+        if site == name
     }
-    for candidate in choice.candidates:
-        strategy = candidate.strategies[site.name]
-        if strategy == taken:
-            found[strategy] = Considered(strategy, True, "taken")
-        elif strategy not in found:
-            more = candidate.flops - best
-            reason = (
-                f"{more} FLOPs more in the whole step" if more else "as many FLOPs, tried later"
-            )
-            found[strategy] = Considered(strategy, True, reason)
+    for strategy in dict.fromkeys(c.strategies[name] for c in choice.candidates):
+        having = [c for c in choice.candidates if c.strategies[name] == strategy]
+        best = min(having, key=lambda c: c.preference)
+        if strategy == taken.strategies[name]:
+            found[strategy] = Considered(strategy, True, "taken", taken)
+        else:
+            found[strategy] = Considered(strategy, True, _compared(best, taken), best)
     return list(found.values())
+
+
+def _compared(other: Candidate, taken: Candidate) -> str:
+    """Say why a form was not taken."""
+    if other.seconds is not None and taken.seconds is not None:
+        return f"{other.seconds / taken.seconds:.2f} times as long"
+    more = other.flops - taken.flops
+    if more:
+        return f"{abs(more)} FLOPs {'more' if more > 0 else 'fewer'} in the whole step"
+    return "as many FLOPs, later in the order of strategies"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +39,13 @@ class Considered:
         strategy: Its name.
         accepted: Whether it applies.
         reason: Why it does not, or why it was not taken.
+        candidate: The best form of the whole step that has it at this site; None if there is none.
     """
 
     strategy: str
     accepted: bool
     reason: str
+    candidate: Candidate | None = None
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,18 @@ class Report:
         sites: One record per nested derivative.
         stages: The graph after each pass.
         candidates: Every form that was priced.
+        taken: The one of them that runs.
+        untried: Changes of one site's strategy that looked worth a trial when there were enough
+            forms.
         flops: Matmul and convolution FLOPs of the whole step (loss and gradients) as rewritten.
         flops_as_written: The same for the loss as written.
         flops_formula: ``flops`` in the symbolic sizes.
         flops_as_written_formula: ``flops_as_written`` in the symbolic sizes.
         bytes_moved: Bytes that the rewritten graph's operators read and write, each on its own.
+        kernels: Groups of its pointwise operators that one kernel each can compute.
         bytes_kept: The most bytes that computed values fill at one moment, when the joint graph
             runs in its own order and each value is freed after its last use; inputs do not count.
+        bytes_kept_as_written: The same for the loss as written, run by eager.
         matmuls: Matrix products and convolutions of the step as rewritten.
         matmuls_as_written: The same for the loss as written.
         graph: The joint graph; runnable.
@@ -105,12 +113,16 @@ class Report:
     sites: tuple[SiteReport, ...] = ()
     stages: tuple[Stage, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    taken: Candidate | None = None
+    untried: int = 0
     flops: int = 0
     flops_as_written: int = 0
     flops_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
     flops_as_written_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
     bytes_moved: int = 0
+    kernels: int = 0
     bytes_kept: int = 0
+    bytes_kept_as_written: int = 0
     matmuls: int = 0
     matmuls_as_written: int = 0
     graph: GraphModule | None = None
@@ -165,7 +177,6 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Return what `to_dict` does, without the nodes of the stages."""
-        taken = min(self.candidates, key=lambda c: c.flops, default=None)
         return {
             "format": FORMAT,
             "function": self.function,
@@ -185,15 +196,14 @@ class Report:
             "sites": [_site_record(site) for site in self.sites],
             "candidates": [
                 {
+                    "name": name,
                     "strategies": dict(c.strategies),
-                    "flops": c.flops,
-                    "flops_formula": str(c.price.flops),
-                    "bytes_moved": c.bytes_moved,
-                    "nodes": c.nodes,
-                    "taken": c is taken,
+                    **_price_record(c),
+                    "taken": c is self.taken,
                 }
-                for c in self.candidates
+                for name, c in zip(_names(self.candidates), self.candidates, strict=True)
             ],
+            "untried": self.untried,
             "stages": [_stage_summary(stage) for stage in self.stages],
             "totals": {
                 "flops": self.flops,
@@ -202,6 +212,8 @@ class Report:
                 "flops_as_written_formula": str(self.flops_as_written_formula),
                 "bytes_moved": self.bytes_moved,
                 "bytes_kept": self.bytes_kept,
+                "bytes_kept_as_written": self.bytes_kept_as_written,
+                "kernels": self.kernels,
                 "matmuls": self.matmuls,
                 "matmuls_as_written": self.matmuls_as_written,
                 "nodes": _operators(self.graph),
@@ -286,7 +298,41 @@ def _site_record(site: SiteReport) -> dict[str, Any]:
         "flops": site.flops,
         "flops_formula": str(site.flops_formula) if site.flops_formula != 0 else "",
         "candidates": [
-            {"strategy": c.strategy, "accepted": c.accepted, "reason": c.reason}
+            {
+                "strategy": c.strategy,
+                "accepted": c.accepted,
+                "reason": c.reason,
+                "step": None if c.candidate is None else _price_record(c.candidate),
+            }
             for c in site.candidates
         ],
+    }
+
+
+def _names(candidates: Sequence[Candidate]) -> list[str]:
+    """Name each form by the strategies that tell it from the others: the one most sites have, then
+    the sites that have another."""
+    forms = [c.strategies for c in candidates]
+    sites = forms[0] if forms else {}
+    telling = [n for n in sites if len({form[n] for form in forms}) > 1] or list(sites)
+    names = []
+    for form in forms:
+        (usual, _), *_ = Counter(form[n] for n in telling).most_common(1) or [("no site", 0)]
+        others = [f"{n} {form[n]}" for n in telling if form[n] != usual]
+        names.append(", ".join([usual, *others]))
+    return names
+
+
+def _price_record(candidate: Candidate) -> dict[str, Any]:
+    price = candidate.price
+    return {
+        "flops": candidate.flops,
+        "flops_formula": str(price.flops),
+        "bytes_moved": candidate.bytes_moved,
+        "bytes_moved_formula": str(price.bytes_moved),
+        "bytes_kept": candidate.bytes_kept,
+        "bytes_kept_formula": str(price.bytes_kept),
+        "kernels": candidate.kernels,
+        "nodes": candidate.nodes,
+        "seconds": candidate.seconds,
     }

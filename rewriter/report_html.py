@@ -18,7 +18,8 @@ _TABLE = """\
 <p><b>{{ record.function }}</b>: {{ totals.flops | si }}FLOP,
 as written {{ totals.flops_as_written | si }}FLOP;
 {{ totals.matmuls }} matmuls, as written {{ totals.matmuls_as_written }};
-{{ totals.bytes_moved | si }}B moved, {{ totals.bytes_kept | si }}B kept at most</p>
+{{ totals.kernels }} kernels of pointwise work; {{ totals.bytes_moved | si }}B moved,
+{{ totals.bytes_kept | si }}B kept at most, as written {{ totals.bytes_kept_as_written | si }}B</p>
 <table>
 <tr><th>site</th><th>where</th><th>operator</th><th>strategy</th><th>price</th><th>why</th></tr>
 {%- for site in record.sites %}
@@ -30,6 +31,17 @@ as written {{ totals.flops_as_written | si }}FLOP;
 <td title="{{ site.flops_formula }}">{{ (site.flops | si) ~ "FLOP" if site.flops }}</td>
 <td>{{ site.reason }}</td>
 </tr>
+{%- endfor %}
+</table>
+<table>
+<tr><th>candidate</th><th>FLOPs</th><th>moved</th><th>kept</th><th>kernels</th><th>step</th></tr>
+{%- for one in record.candidates %}
+<tr><td>{{ one.name }}{{ " (taken)" if one.taken }}</td>
+<td title="{{ one.flops_formula }}">{{ one.flops | si }}</td>
+<td title="{{ one.bytes_moved_formula }}">{{ one.bytes_moved | si }}B</td>
+<td title="{{ one.bytes_kept_formula }}">{{ one.bytes_kept | si }}B</td>
+<td>{{ one.kernels }}</td>
+<td>{{ (one.seconds | si) ~ "s" if one.seconds }}</td></tr>
 {%- endfor %}
 </table>
 <table>

@@ -16,6 +16,9 @@ Line = list[tuple[str, str]]
 
 def si(number: float) -> str:
     """Print with an SI prefix: ``12.3 M``."""
+    for power, prefix in ((-9, "n"), (-6, "µ"), (-3, "m")):
+        if 0 < abs(number) < 10.0 ** (power + 3):
+            return f"{number / 10.0**power:.3g} {prefix}"
     for prefix in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:
             return f"{number:.3g} {prefix}"
@@ -117,16 +120,28 @@ def _site(site: dict[str, Any]) -> list[Line]:
 def _choices(record: dict[str, Any]) -> list[Line]:
     lines: list[Line] = [[("candidates", "bold")]] if record["candidates"] else []
     for candidate in record["candidates"]:
-        names = ", ".join(sorted(set(candidate["strategies"].values()))) or "no site"
-        price = f"{si(candidate['flops']):>7}FLOP  {si(candidate['bytes_moved']):>7}B moved  "
-        colour = "green" if candidate["taken"] else ""
+        lines += _candidate(candidate)
+    if record["untried"]:
+        plural = "" if record["untried"] == 1 else "s"
         lines.append(
-            [
-                ("  * " if candidate["taken"] else "    ", colour),
-                (f"{names:22}", colour),
-                (f"{price}{candidate['nodes']} operators", ""),
-            ]
+            [(f"    {record['untried']} more change{plural} of a strategy not tried", "dim")]
         )
+    return lines
+
+
+def _candidate(candidate: dict[str, Any]) -> list[Line]:
+    colour = "green" if candidate["taken"] else ""
+    price = f"{si(candidate['flops']):>7}FLOP  {si(candidate['bytes_moved']):>7}B moved  "
+    price += f"{si(candidate['bytes_kept']):>7}B kept  {candidate['kernels']:3} kernels"
+    if candidate["seconds"] is not None:
+        price += f"  {si(candidate['seconds']):>6}s"
+    name = candidate["name"]
+    mark = "  * " if candidate["taken"] else "    "
+    lines: list[Line] = [[(mark, colour), (f"{name:22}", colour), (price, "")]]
+    if len(name) > 22:
+        lines = [[(mark, colour), (name, colour)], [(" " * 26, ""), (price, "")]]
+    if not candidate["flops_formula"].isdigit():
+        lines.append([(" " * 26 + f"= {candidate['flops_formula']} FLOP", "dim")])
     return lines
 
 
@@ -149,11 +164,14 @@ def _totals(totals: dict[str, Any]) -> list[Line]:
     now = _priced(totals["flops"], totals["flops_formula"])
     before = _priced(written, totals["flops_as_written_formula"])
     matmuls = f"{totals['matmuls']} matmuls, as written {totals['matmuls_as_written']}"
-    moved = f"{si(totals['bytes_moved'])}B moved, {si(totals['bytes_kept'])}B kept at most"
+    kept = f"{si(totals['bytes_kept'])}B kept at most"
+    kept += f", as written {si(totals['bytes_kept_as_written'])}B"
+    work = f"{totals['kernels']} kernels of pointwise work, {totals['nodes']} operators"
     return [
         [("step", "bold"), (f"  {now}", "bold green" if ratio < 1 else "bold")],
         [(f"    x{ratio:.2f} of what is written: {before}", "")],
-        [(f"    {matmuls}; {moved}; {totals['nodes']} operators", "")],
+        [(f"    {matmuls}; {work}", "")],
+        [(f"    {kept}; {si(totals['bytes_moved'])}B moved", "")],
     ]
 
 

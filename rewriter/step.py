@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from rewriter.codegen import Compiled, compile_graph
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.options import Options
+from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
 from rewriter.stateful import levels_restored
 
@@ -86,10 +88,31 @@ class Step:
             warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
         for position in self.rewritten.flat.promoted:
             inputs[position].requires_grad_()  # as the loss as written does
+        if self.rewritten.choice.finalists and not value_only.get():
+            self._take_fastest(inputs)
         if self._unchecked:
             self._unchecked = False
             check_step(self.rewritten, self._run, inputs)
         return self._run(*inputs)
+
+    def _take_fastest(self, inputs: Sequence[Any]) -> None:
+        """Become the finalist that is the fastest on these inputs; nothing else is changed."""
+        finalists = self.rewritten.choice.finalists
+        steps = [Step(with_form(self.rewritten, form), self.options) for form in finalists]
+        steps[0]._forward, steps[0]._backward = self._forward, self._backward
+        seconds = race([functools.partial(step.rehearse, inputs) for step in steps], inputs)
+        best = steps[fastest(seconds)]
+        self.rewritten = with_seconds(best.rewritten, seconds)
+        self.halves, self.is_random = best.halves, best.is_random
+        self._forward, self._backward = best._forward, best._backward
+
+    def rehearse(self, inputs: Sequence[Any]) -> None:
+        """Compute all that a call and its backward pass compute, and drop it: no state is
+        written."""
+        out = self._computed(inputs)
+        if self.halves is not None:
+            ends = [torch.ones_like(out[i]) for i in self.roles.differentiable]
+            self.pull_back(out[self.n_early :], ends)
 
     def _run(self, *inputs: Any) -> Sequence[Any]:
         if value_only.get():
@@ -113,12 +136,15 @@ class Step:
 
     def forward(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Return the outputs, and the gradients or the residuals they need."""
+        out = self._computed(inputs)
+        self.update(inputs, out)
+        return own_tensors(out[: self.roles.n_outputs], inputs), out[self.n_early :]
+
+    def _computed(self, inputs: Sequence[Any]) -> Sequence[Any]:
         if self._forward is None:
             self.prepare()
         assert self._forward is not None
-        out = self._forward(*inputs)
-        self.update(inputs, out)
-        return own_tensors(out[: self.roles.n_outputs], inputs), out[self.n_early :]
+        return self._forward(*inputs)
 
     def update(self, inputs: Sequence[Any], out: Sequence[Any]) -> None:
         """Write new values to the inputs that the loss writes to."""
