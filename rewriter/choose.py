@@ -136,7 +136,8 @@ def _searched(forms: Forms, asked: Mapping[str, str], options: Options) -> Searc
     first = list({id(form): form for form in found}.values())
     if not first:
         raise _refused(forms, {**wishes[0], **asked}, asked)
-    search = Search(first, build, MOST_FORMS_MEASURED if options.is_measured else MOST_FORMS)
+    limit = MOST_FORMS_MEASURED if options.is_measured else MOST_FORMS
+    search = Search(first, build, forms.parts(), limit)
     search.run(thorough=options.is_measured)
     return search
 

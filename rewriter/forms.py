@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx
 import sympy
 import torch
 from torch.fx import GraphModule
@@ -105,6 +106,14 @@ class Forms:
         if key not in self._by_wish:
             self._by_wish[key] = self._built(wish)
         return self._by_wish[key]
+
+    def parts(self) -> list[frozenset[str]]:
+        """Return the names of the sites, derivatives inside of one another together."""
+        graph: networkx.Graph[str] = networkx.Graph()
+        for node in sites(self.module):
+            inside = all_sites(self.module, [node])
+            graph.add_edges_from((node.meta["site"].name, site.name) for site in inside)
+        return [frozenset(part) for part in networkx.connected_components(graph)]
 
     def accepted(self, name: str, wish: Mapping[str, str]) -> list[str]:
         """Return the strategies that a site accepts while the others are as wished for."""

@@ -1,8 +1,9 @@
-"""Search the forms of a step for the cheapest, site by site."""
+"""Search the forms of a step for the cheapest, part by part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from passes.strategies import NAMES
 from rewriter.forms import Candidate, Form
@@ -10,52 +11,76 @@ from rewriter.forms import Candidate, Form
 Build = Callable[[Mapping[str, str]], Form | None]
 
 
-class Search:
-    """Coordinate descent over the strategies of the sites, from the best of given forms.
+@dataclass(frozen=True)
+class Change:
+    """Other strategies for some sites.
 
-    What each form spends on each site is known (`Candidate.site_costs`). So a site is worth another
-    strategy only if some form spends less on it with that one. All such changes are made at once
-    first: where sites do not share work their prices add up, the form costs what was foretold, and
-    nothing is left to try. Where they do (one inside of another, two over the same network at the
-    same points), the changes are tried one at a time, the most promising first.
+    Attributes:
+        strategies: Site name → strategy.
+        gain: FLOPs that a form with them is known to spend less on these sites.
+    """
+
+    strategies: Mapping[str, str]
+    gain: int
+
+
+class Search:
+    """Coordinate descent from the best of given forms.
+
+    Derivatives inside of one another are one part of the step: what one costs depends on the form
+    of the other. What each form spends on each part is known (`Candidate.site_costs`), so a part is
+    worth other strategies only if some form spends less on it with them. All such changes are made
+    at once first: where parts share no work their prices add up, the form costs what was foretold,
+    and nothing is left to try. Where they do (the same network at the same points), the changes are
+    tried one at a time, the most promising first.
 
     Attributes:
         best: The cheapest form so far, by `Candidate.preference`.
         tried: All forms, in the order of trial.
-        untried: Changes that looked worth a trial when the bound was reached.
+        untried: Changes that were due for a trial when the bound was reached.
     """
 
-    def __init__(self, first: Sequence[Form], build: Build, limit: int) -> None:
+    def __init__(
+        self,
+        first: Sequence[Form],
+        build: Build,
+        parts: Sequence[frozenset[str]],
+        limit: int,
+    ) -> None:
         """Prepare a search.
 
         Args:
             first: Forms to begin with; at least one.
             build: Returns the form for strategies by site; None if the user does not want it. It
                 may return one that was there before.
+            parts: The names of the sites, those together that depend on one another.
             limit: The most forms there may be in all, ``first`` included.
         """
         self.tried = list(first)
         self.best = min(self.tried, key=preference)
         self.untried = 0
-        self._build, self._limit = build, limit
+        self._build, self._parts, self._limit = build, parts, limit
         self._wished = {frozenset(form.candidate.strategies.items()) for form in first}
 
     def run(self, *, thorough: bool = False) -> None:
         """Search.
 
         Args:
-            thorough: Try also what does not look worth it.
+            thorough: Try other strategies also at each single site, worth it or not.
         """
-        changes = self._promising()
-        if changes and not thorough:
-            foretold = self.best.candidate.flops - sum(gain for _, _, gain in changes)
-            found = self._try({name: strategy for name, strategy, _ in changes})
-            if found is not None and found.candidate.flops == foretold:
+        changes = self._promising(ties=True)
+        if len(changes) > 1 and changes[0].gain:
+            foretold = self.best.candidate.flops - sum(change.gain for change in changes)
+            together = {n: s for change in changes for n, s in change.strategies.items()}
+            found = self._try(together)
+            if found is not None and found.candidate.flops == foretold and not thorough:
                 return
         while True:
             before = self.best
-            for name, strategy, _ in self._alternatives() if thorough else self._promising():
-                self._try({name: strategy})
+            for change in self._promising():
+                self._try(change.strategies)
+            for change in self._single() if thorough else ():
+                self._try(change)
             if self.best is before:
                 return
 
@@ -76,28 +101,38 @@ class Search:
         self.best = min(self.best, found, key=preference)
         return found
 
-    def _promising(self) -> list[tuple[str, str, int]]:
-        """Return (site, strategy, FLOPs that a form with it spends less there), most first."""
-        best = self.best.candidate
-        gains: dict[str, tuple[int, str]] = {}
-        for form in [form.candidate for form in self.tried]:
-            # What no site is charged with may belong to any.
-            unclear = max(0, _rest(best) - _rest(form))
-            for name, strategy in form.strategies.items():
-                gain = best.site_costs[name] - form.site_costs[name] + unclear
-                if strategy != best.strategies[name] and gain > gains.get(name, (0, ""))[0]:
-                    gains[name] = gain, strategy
-        return _sorted((name, strategy, gain) for name, (gain, strategy) in gains.items())
+    def _promising(self, *, ties: bool = False) -> list[Change]:
+        """Return for each part the strategies with which some form spends less on it than the best
+        form does, the largest gain first.
 
-    def _alternatives(self) -> list[tuple[str, str, int]]:
-        """Return every change of one site, those that look worth it first."""
-        promising = {(name, strategy): gain for name, strategy, gain in self._promising()}
-        return _sorted(
-            (name, strategy, promising.get((name, strategy), 0))
-            for name, now in self.best.candidate.strategies.items()
-            for strategy in NAMES
-            if now in NAMES and strategy != now
-        )
+        Args:
+            ties: Also those with which a form spends as much, if they come first in the order of
+                preference.
+        """
+        best = self.best.candidate
+        found: list[Change] = []
+        for part in self._parts:
+            changes = [
+                Change(
+                    {name: form.strategies[name] for name in part},
+                    # What no site is charged with may belong to any.
+                    _spent(best, part) - _spent(form, part) + max(0, _rest(best) - _rest(form)),
+                )
+                for form in (form.candidate for form in self.tried)
+                if any(form.strategies[name] != best.strategies[name] for name in part)
+            ]
+            most = max(changes, key=lambda change: change.gain, default=None)
+            if most is None:
+                continue
+            earlier = _rank(most.strategies) < _rank({n: best.strategies[n] for n in part})
+            if most.gain > 0 or (ties and most.gain == 0 and earlier):
+                found.append(most)
+        return sorted(found, key=lambda change: -change.gain)
+
+    def _single(self) -> Iterator[dict[str, str]]:
+        """Yield every change of one site."""
+        for name, now in list(self.best.candidate.strategies.items()):
+            yield from ({name: s} for s in NAMES if now in NAMES and s != now)
 
 
 def preference(form: Form) -> tuple[int, int, int, int]:
@@ -105,9 +140,13 @@ def preference(form: Form) -> tuple[int, int, int, int]:
     return form.candidate.preference
 
 
+def _rank(strategies: Mapping[str, str]) -> int:
+    return sum(NAMES.index(s) for s in strategies.values() if s in NAMES)
+
+
+def _spent(candidate: Candidate, part: frozenset[str]) -> int:
+    return sum(candidate.site_costs[name] for name in part)
+
+
 def _rest(candidate: Candidate) -> int:
     return candidate.flops - sum(candidate.site_costs.values())
-
-
-def _sorted(changes: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    return sorted(changes, key=lambda change: -change[2])
