@@ -60,9 +60,13 @@ class Candidate:
     def preference(self) -> tuple[int, int, int, int]:
         """What is compared, the least first: FLOPs, how far down the strategies stand in the order
         of preference, bytes kept, bytes moved."""
-        ranks = [NAMES.index(s) if s in NAMES else 0 for s in self.strategies.values()]
-        written = len(NAMES) * list(self.strategies.values()).count(AS_WRITTEN)
-        return self.flops, sum(ranks) + written, self.bytes_kept, self.bytes_moved
+        return self.flops, rank(self.strategies), self.bytes_kept, self.bytes_moved
+
+
+def rank(strategies: Mapping[str, str]) -> int:
+    """Return how far down strategies stand in the order of preference, all sites together."""
+    order = [*NAMES, AS_WRITTEN]
+    return sum(order.index(strategy) for strategy in strategies.values() if strategy in order)
 
 
 @dataclass(frozen=True)

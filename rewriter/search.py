@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.strategies import NAMES
-from rewriter.forms import Candidate, Form
+from rewriter.forms import Candidate, Form, rank
 
 Build = Callable[[Mapping[str, str]], Form | None]
 
@@ -124,7 +124,7 @@ class Search:
             most = max(changes, key=lambda change: change.gain, default=None)
             if most is None:
                 continue
-            earlier = _rank(most.strategies) < _rank({n: best.strategies[n] for n in part})
+            earlier = rank(most.strategies) < rank({n: best.strategies[n] for n in part})
             if most.gain > 0 or (ties and most.gain == 0 and earlier):
                 found.append(most)
         return sorted(found, key=lambda change: -change.gain)
@@ -138,10 +138,6 @@ class Search:
 def preference(form: Form) -> tuple[int, int, int, int]:
     """Return what forms are compared by: `Candidate.preference`."""
     return form.candidate.preference
-
-
-def _rank(strategies: Mapping[str, str]) -> int:
-    return sum(NAMES.index(s) for s in strategies.values() if s in NAMES)
 
 
 def _spent(candidate: Candidate, part: frozenset[str]) -> int:

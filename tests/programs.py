@@ -20,8 +20,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from passes.price import evaluated, size_hints
 from rewriter import NestedGradientWarning, optimize_nested
 from rewriter.errors import OptionError
+from rewriter.rewrite import Rewritten
 from tests.cases import with_written_norms
 from tests.oracle import Outcome, assert_same, outcome, relative_error
 
@@ -180,6 +182,15 @@ def compare(
             raise
     if not is_around:
         assert len(decorated.steps) <= len(set(batches)), "a specialisation was not used again"
+        for step in decorated.steps:
+            _assert_never_dearer(step.rewritten)
+
+
+def _assert_never_dearer(rewritten: Rewritten) -> None:
+    """What the chooser takes of its own accord has no more FLOPs than the loss as written."""
+    taken, hints = rewritten.choice.taken, size_hints(rewritten.joint)
+    written = evaluated(rewritten.as_written.flops, hints)
+    assert rewritten.choice.asked or taken.flops <= written, f"{taken.flops} > {written} FLOPs"
 
 
 def _around(loss: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
