@@ -17,7 +17,6 @@ from rewriter.report import Considered, Report, SiteReport
 from rewriter.rewrite import Rewritten
 from rewriter.sources import Source, place_of, sources_of
 
-
 MEASURED = "the fastest on the arguments of the first call"
 
 

@@ -68,6 +68,7 @@ class Step:
         self._backward: Compiled | None = None
         self._value: Compiled | None = None
         self._unchecked = options.check
+        self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
         self._warnings = list(rewritten.detached)
 
     def _compile(self, module: GraphModule) -> Compiled:
@@ -88,7 +89,8 @@ class Step:
             warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
         for position in self.rewritten.flat.promoted:
             inputs[position].requires_grad_()  # as the loss as written does
-        if self.rewritten.choice.finalists and not value_only.get():
+        if self._unmeasured and not value_only.get():
+            self._unmeasured = False
             self._take_fastest(inputs)
         if self._unchecked:
             self._unchecked = False

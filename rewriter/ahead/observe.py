@@ -72,7 +72,9 @@ class _Observer(Specialising):
 
     def _note(self, rewritten: Rewritten, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.options.check:
-            step = Step(rewritten, replace(self.options, backend="eager", check=False))
+            step = Step(
+                rewritten, replace(self.options, backend="eager", mode="default", check=False)
+            )
             check_step(rewritten, step, inputs)
         found = results(rewritten.joint.graph)[: rewritten.roles.n_outputs]
         outputs = tuple(_without_memory(value_of(node)) for node in found)
