@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,3 +251,19 @@ def test_a_named_strategy_is_not_raced() -> None:
     decorated(net, x)
     report = decorated.explain(net, x)
     assert report.sites[0].strategy == R and all(c.seconds is None for c in report.candidates)
+
+
+def test_what_is_compiled_ahead_is_not_raced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is checked as it is written to the file."""
+
+    def clock(*_: Any) -> list[float]:
+        raise AssertionError("raced")
+
+    monkeypatch.setattr("rewriter.step.race", clock)
+    decorated = optimize_nested(penalty, backend="eager", mode="max-autotune", check=True)
+    decorated.compile_ahead(tmp_path / "penalty", network(), points(), portable=True)
+    assert (tmp_path / "penalty").exists()
+    with pytest.raises(AssertionError, match="raced"):
+        decorated(network(), points())
