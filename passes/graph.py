@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,23 @@ def hint(size: Any) -> Any:
     """Return the number a symbolic size had when it was captured; to ask the size itself for a
     number would fix it."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are proven equal (a comparison of symbols must not become a guard)."""
+    left, right = (getattr(getattr(s, "node", None), "expr", s) for s in (a, b))
+    return bool(left == right)
+
+
+def are_equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes, or the strides of two tensors, are proven equal."""
+    return len(one) == len(other) and all(map(is_equal, one, other))
+
+
+def same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are proven to have the same type, device, shape and strides."""
+    kinds = (one.dtype, one.device) == (other.dtype, other.device)
+    return kinds and are_equal(one.shape, other.shape) and are_equal(one.stride(), other.stride())
 
 
 def arguments(node: Node) -> Any:

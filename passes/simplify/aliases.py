@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import value_of
+from passes.graph import are_equal, value_of
 
 aten = torch.ops.aten
 
@@ -25,15 +25,8 @@ def _same_layout(node: Node) -> bool:
         and isinstance(new, Tensor)
         and old.dtype == new.dtype
         and old.device == new.device
-        and len(old.shape) == len(new.shape)
-        and all(_equal(a, b) for a, b in zip(old.shape, new.shape, strict=True))
+        and are_equal(old.shape, new.shape)
     )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two sizes are proven equal (a comparison of symbols must not become a guard)."""
-    left, right = (getattr(getattr(s, "node", None), "expr", s) for s in (a, b))
-    return bool(left == right)
 
 
 def _is_identity_permutation(node: Node) -> bool:

@@ -8,8 +8,8 @@ from passes.graph import drop_dead, finish
 from passes.simplify.aliases import drop_aliases
 from passes.simplify.common import merge_common
 from passes.simplify.masks import narrow_masks
-from passes.simplify.permutes import permute_sums
 from passes.simplify.scales import merge_products, share_scaled
+from passes.simplify.sums import gather_sums
 from passes.simplify.zeros import drop_zeros
 
 RULES = (
@@ -17,7 +17,7 @@ RULES = (
     drop_zeros,
     narrow_masks,
     merge_common,
-    permute_sums,
+    gather_sums,
     share_scaled,
     merge_products,
 )

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import arguments, is_float, value_of
-from passes.simplify.aliases import _equal
+from passes.graph import are_equal, arguments, is_equal, is_float, value_of
 from passes.simplify.zeros import is_made_of_zeros
 
 aten = torch.ops.aten
@@ -88,8 +87,9 @@ def share_scaled(graph: Graph) -> int:
 
 
 def merge_products(graph: Graph) -> int:
-    """Add before the product, where both have an operand in common up to a row scale:
-    ``mm((s ⊙ A)ᵀ, X) + mm(Aᵀ, Y) → mm(Aᵀ, s ⊙ X + Y)``, and so for a common right operand."""
+    """Add before a sum over rows of products, where two of the operands are equal up to a row
+    scale: ``mm((s ⊙ A)ᵀ, X) + mm(Aᵀ, Y) → mm(Aᵀ, s ⊙ X + Y)``, and so for a common right operand
+    and for the weight's gradient of a convolution."""
     found: dict[Node, _Scaled] = {}
     for node in graph.nodes:
         if is_float(node) or node.target is aten.convolution_backward.default:
@@ -114,35 +114,61 @@ def merge_products(graph: Graph) -> int:
 
 
 def _is_own_product(node: Any) -> bool:
-    """Whether this is a matrix product that only one node reads."""
-    return isinstance(node, Node) and node.target is aten.mm.default and len(node.users) == 1
+    """Whether this is a product that only one node reads."""
+    if not isinstance(node, Node) or len(node.users) > 1 or len(_source(node).users) > 1:
+        return False
+    return node.target is aten.mm.default or _is_weight_gradient(node)
+
+
+def _is_weight_gradient(node: Node) -> bool:
+    call = _source(node)
+    if call.target is not aten.convolution_backward.default:
+        return False
+    return list(arguments(call)[10]) == [False, True, False]
 
 
 def _merged(graph: Graph, first: Node, second: Node, found: dict[Node, _Scaled]) -> Node | None:
-    (a, x), (b, y) = arguments(first), arguments(second)
-    if a is b or x is y:
-        summands = (x, y) if a is b else (a, b)
-        total = emit(graph, aten.add.Tensor, *summands, summands[0])
-        return graph.call_function(aten.mm.default, (a, total) if a is b else (total, x))
-    rows, others = _rows_of(a), _rows_of(b)
-    if rows is None or others is None:
+    mine, theirs = _operands(first), _operands(second)
+    if mine is None or theirs is None or first.target is not second.target:
         return None
-    one, other = found[rows], found[others]
-    if one.key != other.key or bool(one.scales) == bool(other.scales):
+    if arguments(_source(first))[3:] != arguments(_source(second))[3:]:
         return None
-    if other.scales:
-        a, x, b, y, one = b, y, a, x, other
-    for scale in one.scales:
-        x = emit(graph, aten.mul.Tensor, x, _shaped(graph, scale, x), x)
-    total = emit(graph, aten.add.Tensor, x, y, x)
-    return graph.call_function(aten.mm.default, (b, total))
+    for i in (0, 1):
+        if mine[i] not in found or theirs[i] not in found:
+            continue
+        one, other = found[mine[i]], found[theirs[i]]
+        if one.key != other.key or bool(one.scales) == bool(other.scales):
+            continue
+        if other.scales:
+            one, second, mine, theirs = other, first, theirs, mine
+        x, y = mine[1 - i], theirs[1 - i]
+        for scale in one.scales:
+            x = emit(graph, aten.mul.Tensor, x, _shaped(graph, scale, x), x)
+        total = emit(graph, aten.add.Tensor, x, y, x)
+        return _with_operand(graph, second, 1 - i, total)
+    return None
 
 
-def _rows_of(node: Node) -> Node | None:
-    """Return the matrix (batch, …) that this one is the transpose of."""
-    if node.target is aten.permute.default and list(arguments(node)[1]) == [1, 0]:
-        return arguments(node)[0]
-    return arguments(node)[0] if node.target is aten.t.default else None
+def _operands(node: Node) -> tuple[Node, Node] | None:
+    """Return two tensors (batch, …) of which a node is a sum over the batch of products."""
+    left, right = arguments(_source(node))[:2]
+    if node.target is operator.getitem:
+        return left, right
+    if left.target is aten.permute.default and list(arguments(left)[1]) == [1, 0]:
+        return arguments(left)[0], right
+    return (arguments(left)[0], right) if left.target is aten.t.default else None
+
+
+def _with_operand(graph: Graph, node: Node, position: int, operand: Node) -> Node:
+    """Repeat a sum over the batch of products with another operand."""
+    call = _source(node)
+    if call is node and position == 0:
+        operand = emit(graph, aten.permute.default, operand, [1, 0], operand)
+    args = list(call.args)
+    args[position] = operand
+    made = graph.call_function(call.target, tuple(args))
+    made.meta = dict(call.meta)
+    return made if call is node else graph.call_function(operator.getitem, (made, 1))
 
 
 def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
@@ -166,7 +192,7 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
         return _Scaled((target, inner.key, args[1]), inner.scales)
     if target in _RESHAPES:
         before = value_of(first)
-        if not value.dim() or not before.dim() or not _equal(before.shape[0], value.shape[0]):
+        if not value.dim() or not before.dim() or not is_equal(before.shape[0], value.shape[0]):
             return opaque
         return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
     if target in _LINEAR or (target in _CONVOLUTIONS and _has_linear_rows(node)):
@@ -233,7 +259,7 @@ def _together(one: tuple[Node, ...], other: tuple[Node, ...]) -> tuple[Node, ...
 
 def is_one(size: Any) -> bool:
     """Whether a size is proven to be 1."""
-    return _equal(size, 1)
+    return is_equal(size, 1)
 
 
 def _is_row_scale(value: Any, rank: int | None = None) -> bool:
@@ -273,7 +299,7 @@ _SAME_NUMBERS = {aten.expand.default, aten.permute.default, aten.unsqueeze.defau
 
 def _same_shape(one: Node, other: Node) -> bool:
     a, b = value_of(one), value_of(other)
-    return len(a.shape) == len(b.shape) and all(map(_equal, a.shape, b.shape))
+    return are_equal(a.shape, b.shape)
 
 
 def _is_same_layout(one: Node, other: Node) -> bool:

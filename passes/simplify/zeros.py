@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import arguments, value_of
-from passes.simplify.aliases import _equal
+from passes.graph import are_equal, arguments, value_of
 
 aten = torch.ops.aten
 
@@ -185,6 +184,5 @@ def _fits(kept: Any, node: Node) -> bool:
         isinstance(old, Tensor)
         and old.dtype == new.dtype
         and old.stride() == new.stride()  # a view further on may rely on the layout
-        and len(old.shape) == len(new.shape)
-        and all(_equal(a, b) for a, b in zip(old.shape, new.shape, strict=True))
+        and are_equal(old.shape, new.shape)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from passes import (
     tangent_rules,
     tangent_tables,
 )
-from passes.simplify import aliases, common, masks, scales, zeros
+from passes.simplify import aliases, common, masks, scales, sums, zeros
 from passes.strategies import jvp_over_gradient
 from rewriter import step
 from tests.oracle import check
@@ -125,6 +126,14 @@ def hidden_master(net: nn.Module, x: Tensor) -> Tensor:
     return g.square().sum() + k.sin().sum()
 
 
+def rows_of_a_jacobian(net: nn.Module, x: Tensor) -> Tensor:
+    """Cotangents that are added where they meet."""
+    p = x.detach().requires_grad_()
+    u = net(p)
+    rows = [torch.autograd.grad(u[:, k].sum(), p, create_graph=True)[0] for k in (0, 1)]
+    return sum((g.square().sum() for g in rows), u.sin().sum())
+
+
 def with_data(net: nn.Module, x: Tensor) -> Tensor:
     """A data loss beside a penalty, at the same points."""
     p = x.detach().requires_grad_()
@@ -180,6 +189,7 @@ SUBJECTS = {
     "seeded": Subject(seeded, strategy="reverse"),
     "master": Subject(hidden_master),
     "norm": Subject(penalty, normalized),
+    "rows": Subject(rows_of_a_jacobian),
     "data": Subject(with_data, piecewise, strategy="auto"),
 }
 
@@ -384,6 +394,17 @@ def row_scale_is_doubled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scales, "_shaped", wrong)
 
 
+def other_operands_do_not_count(patch: pytest.MonkeyPatch) -> None:
+    """``x·a + y·b = (x + y)·a``: the sum is taken before operators that differ."""
+    right = sums._readings
+
+    def wrong(node: Node) -> Any:
+        for reading in right(node):
+            yield dataclasses.replace(reading, key=node.target)
+
+    patch.setattr(sums, "_readings", wrong)
+
+
 def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     right = joint.finish_joint
 
@@ -454,6 +475,7 @@ PLANTED: dict[Plant, str] = {
     norm_taken_apart_wrongly: "norm",
     sum_and_difference_commute: "operators",
     row_scale_is_doubled: "data",
+    other_operands_do_not_count: "rows",
     last_gradient_is_forgotten: "penalty",
     state_stays: "norm",
     every_derivative_is_its_own_master: "master",

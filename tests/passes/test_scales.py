@@ -14,7 +14,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.graph import copy_graph, drop_dead
 from passes.price import price
 from passes.simplify.common import merge_common
-from passes.simplify.permutes import permute_sums
 from passes.simplify.scales import merge_products, share_scaled
 from tests.passes.flat import calls, random_points
 
@@ -37,6 +36,7 @@ def assert_rule(
     inputs = [random_points(*shape) for shape in shapes]
     module = traced(function, *inputs)
     merge_common(module.graph)
+    drop_dead(module.graph)
     reference, before = copy_graph(module), price(module).flops
     assert rule(module.graph) == changes
     drop_dead(module.graph)
@@ -64,6 +64,12 @@ def pulled_back(g: Tensor, x: Tensor, w: Tensor) -> Tensor:
     only = [True, False, False]
     one = [1, 1]
     return aten.convolution_backward(g, x, w, None, one, one, one, False, [0, 0], 1, only)[0]
+
+
+def weight_gradient(g: Tensor, x: Tensor, w: Tensor, stride: int = 1) -> Tensor:
+    only = [False, True, False]
+    strides, one = [stride, stride], [1, 1]
+    return aten.convolution_backward(g, x, w, None, strides, one, one, False, [0, 0], 1, only)[1]
 
 
 IMAGES, KERNEL = (5, 2, 4, 4), (2, 2, 3, 3)
@@ -169,8 +175,6 @@ def test_share_scaled(name: str) -> None:
 
 
 MERGED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
-    "left": (lambda a, x, y: (a @ x + a @ y,), (SQUARE, C, C), 1, 1),
-    "right": (lambda a, b, x: (a @ x + b @ x,), (SQUARE, SQUARE, C), 1, 1),
     "left up to a scale": (
         lambda s, a, x, y: ((s * a).permute(1, 0) @ x + a.permute(1, 0) @ y,),
         (S, R, R, R),
@@ -183,7 +187,29 @@ MERGED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
         1,
         1,
     ),
+    "left operand of the other": (
+        lambda s, a, x, y: (x.t() @ (s * a) + y.t() @ a,),
+        (S, R, R, R),
+        1,
+        1,
+    ),
+    "weight of a convolution": (
+        lambda s, g, x, y, w: (
+            weight_gradient(g * s.reshape(5, 1, 1, 1), x, w) + weight_gradient(g, y, w),
+        ),
+        (S, IMAGES, IMAGES, IMAGES, KERNEL),
+        1,
+        1,
+    ),
     # What must stay.
+    "convolutions of other strides": (
+        lambda s, g, x, y, w: (
+            weight_gradient(g * s.reshape(5, 1, 1, 1), x, w) + weight_gradient(g, y, w, 3),
+        ),
+        (S, IMAGES, IMAGES, (5, 2, 10, 10), KERNEL),
+        0,
+        2,
+    ),
     "nothing in common": (lambda a, b, x, y: (a @ x + b @ y,), (SQUARE, SQUARE, C, C), 0, 2),
     "read elsewhere": (lambda a, x, y: (a @ x + a @ y, a @ x), (SQUARE, C, C), 0, 2),
     "different scales": (
@@ -205,22 +231,6 @@ MERGED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
 @pytest.mark.parametrize("name", MERGED)
 def test_merge_products(name: str) -> None:
     assert_rule(merge_products, *MERGED[name])
-
-
-def test_permute_sums() -> None:
-    """Two weight gradients that are transposed before they are added, and once more after."""
-    a, x, y = random_points(*SQUARE), random_points(*C), random_points(*C)
-    module = traced(lambda a, x, y: ((a @ x).t() + (a @ y).t(),), a, x, y)
-    for node in module.graph.find_nodes(op="call_function", target=aten.t.default):
-        node.target, node.args = aten.permute.default, (node.args[0], [1, 0])
-    reference = copy_graph(module)
-    assert permute_sums(module.graph) == 1 and permute_sums(module.graph) == 0
-    drop_dead(module.graph)
-    assert merge_products(module.graph) == 1
-    drop_dead(module.graph)
-    module.recompile()
-    assert calls(module, aten.permute.default) == calls(module, aten.mm.default) == 1
-    torch.testing.assert_close(module(a, x, y), reference(a, x, y), rtol=1e-12, atol=1e-12)
 
 
 def test_mixed_types_are_left_alone() -> None:
