@@ -7,6 +7,8 @@ from torch.fx import GraphModule
 from passes.graph import drop_dead, finish
 from passes.simplify.aliases import drop_aliases
 from passes.simplify.common import merge_common
+from passes.simplify.contractions import contract_first
+from passes.simplify.filled import fold_filled
 from passes.simplify.masks import narrow_masks
 from passes.simplify.scales import merge_products, share_scaled
 from passes.simplify.sums import gather_sums
@@ -15,11 +17,13 @@ from passes.simplify.zeros import drop_zeros
 RULES = (
     drop_aliases,
     drop_zeros,
+    fold_filled,
     narrow_masks,
     merge_common,
     gather_sums,
     share_scaled,
     merge_products,
+    contract_first,
 )
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.graph import are_equal, arguments, is_equal, is_float, value_of
+from passes.simplify.emit import call
+from passes.simplify.filled import RESHAPES, filling
 from passes.simplify.zeros import is_made_of_zeros
 
 aten = torch.ops.aten
@@ -39,7 +41,6 @@ _LINEAR = {
     aten.detach.default,
     aten.clone.default,
 }
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 # What is worth a pointwise product in its place.
 _DEAR = {aten.mm.default, *_CONVOLUTIONS}
@@ -78,7 +79,9 @@ def share_scaled(graph: Graph) -> int:
         with graph.inserting_before(node):
             product = base
             for scale in scaled.scales:
-                product = emit(graph, aten.mul.Tensor, product, _shaped(graph, scale, base), node)
+                product = call(
+                    graph, aten.mul.Tensor, (product, _shaped(graph, scale, base)), {}, node
+                )
         node.replace_all_uses_with(product)
         found[product] = scaled
         graph.erase_node(node)
@@ -143,8 +146,8 @@ def _merged(graph: Graph, first: Node, second: Node, found: dict[Node, _Scaled])
             one, second, mine, theirs = other, first, theirs, mine
         x, y = mine[1 - i], theirs[1 - i]
         for scale in one.scales:
-            x = emit(graph, aten.mul.Tensor, x, _shaped(graph, scale, x), x)
-        total = emit(graph, aten.add.Tensor, x, y, x)
+            x = call(graph, aten.mul.Tensor, (x, _shaped(graph, scale, x)), {}, x)
+        total = call(graph, aten.add.Tensor, (x, y), {}, x)
         return _with_operand(graph, second, 1 - i, total)
     return None
 
@@ -161,14 +164,14 @@ def _operands(node: Node) -> tuple[Node, Node] | None:
 
 def _with_operand(graph: Graph, node: Node, position: int, operand: Node) -> Node:
     """Repeat a sum over the batch of products with another operand."""
-    call = _source(node)
-    if call is node and position == 0:
-        operand = emit(graph, aten.permute.default, operand, [1, 0], operand)
-    args = list(call.args)
+    source = _source(node)
+    if source is node and position == 0:
+        operand = call(graph, aten.permute.default, (operand, [1, 0]), {}, operand)
+    args = list(source.args)
     args[position] = operand
-    made = graph.call_function(call.target, tuple(args))
-    made.meta = dict(call.meta)
-    return made if call is node else graph.call_function(operator.getitem, (made, 1))
+    made = graph.call_function(source.target, tuple(args))
+    made.meta = dict(source.meta)
+    return made if source is node else graph.call_function(operator.getitem, (made, 1))
 
 
 def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
@@ -190,7 +193,7 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
         return opaque
     if target is operator.getitem and first.target is aten.convolution_backward.default:
         return _Scaled((target, inner.key, args[1]), inner.scales)
-    if target in _RESHAPES:
+    if target in RESHAPES:
         before = value_of(first)
         if not value.dim() or not before.dim() or not is_equal(before.shape[0], value.shape[0]):
             return opaque
@@ -270,31 +273,7 @@ def _is_row_scale(value: Any, rank: int | None = None) -> bool:
 
 
 def _is_ones(node: Node) -> bool:
-    return _filling(node) == 1
-
-
-def _filling(node: Any) -> Any:
-    """Return the number that a tensor is filled with; None if it is not known to be."""
-    if not isinstance(node, Node):
-        return node
-    if node.op != "call_function":
-        return None
-    if is_made_of_zeros(node):
-        return 0
-    if node.target is aten.ones.default:
-        return 1
-    args = arguments(node)
-    if node.target is aten.full.default:
-        return None if isinstance(args[1], Node) else args[1]
-    if node.target in _SAME_NUMBERS:
-        return _filling(args[0])
-    if node.target is aten.add.Tensor and not node.kwargs:
-        one, other = map(_filling, args)
-        return None if one is None or other is None else one + other
-    return None
-
-
-_SAME_NUMBERS = {aten.expand.default, aten.permute.default, aten.unsqueeze.default, *_RESHAPES}
+    return filling(node) == 1
 
 
 def _same_shape(one: Node, other: Node) -> bool:
@@ -317,7 +296,7 @@ def _shaped(graph: Graph, scale: Node, like: Node) -> Node:
     if value.dim() == rank:
         return scale
     sizes = [_rows_in(graph, scale), *[1] * (rank - 1)]
-    return emit(graph, aten.reshape.default, scale, sizes, scale)
+    return call(graph, aten.reshape.default, (scale, sizes), {}, scale)
 
 
 def _rows_in(graph: Graph, scale: Node) -> Any:
@@ -327,12 +306,4 @@ def _rows_in(graph: Graph, scale: Node) -> Any:
         return size
     made = graph.call_function(aten.sym_size.int, (scale, 0))
     made.meta["val"] = size
-    return made
-
-
-def emit(graph: Graph, target: Any, one: Node, other: Any, like: Node) -> Node:
-    """Add a call; it comes from where ``like`` does."""
-    made = graph.call_function(target, (one, other))
-    values = [value_of(x) for x in other] if isinstance(other, list) else value_of(other)
-    made.meta = {**like.meta, "val": target(value_of(one), values)}
     return made

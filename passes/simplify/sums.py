@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import arguments, same_layout, value_of
+from passes.simplify.emit import call
 from passes.tangent_tables import BILINEAR, LINEAR
 
 aten = torch.ops.aten
@@ -143,10 +144,10 @@ class _Gathering:
             key, outer = _signed([(r.moved[i], sign) for (_, sign), r in group])
             args[position] = self._sum(key)
         with self.graph.inserting_before(root):
-            made = self._call(reading.call.target, args, reading.call.kwargs, reading.call)
+            made = call(self.graph, reading.call.target, args, reading.call.kwargs, reading.call)
             if reading.call is not group[0][0][0]:
                 item = group[0][0][0]
-                made = self._call(operator.getitem, [made, item.args[1]], {}, item)
+                made = call(self.graph, operator.getitem, [made, item.args[1]], {}, item)
         return [*(term for term in terms if term[0] not in taken), (made, outer)]
 
     def _sum(self, key: tuple[Term, ...]) -> Node:
@@ -164,17 +165,11 @@ class _Gathering:
         terms = sorted(terms, key=lambda term: -term[1])
         (total, sign), *rest = terms
         if sign < 0:
-            total = self._call(aten.neg.default, [total], {}, like)
+            total = call(self.graph, aten.neg.default, [total], {}, like)
         for node, sign in rest:
             target = aten.add.Tensor if sign > 0 else aten.sub.Tensor
-            total = self._call(target, [total, node], {}, like)
+            total = call(self.graph, target, [total, node], {}, like)
         return total
-
-    def _call(self, target: Any, args: Sequence[Any], kwargs: Any, like: Node) -> Node:
-        made = self.graph.call_function(target, tuple(args), kwargs)
-        values = torch.fx.map_arg((tuple(args), dict(kwargs)), value_of)
-        made.meta = {**like.meta, "val": target(*values[0], **values[1])}
-        return made
 
     def _drop(self, node: Node) -> None:
         """Erase a node without users, and what only it has read: what is read further back is

@@ -24,7 +24,7 @@ from passes import (
     tangent_rules,
     tangent_tables,
 )
-from passes.simplify import aliases, common, masks, scales, sums, zeros
+from passes.simplify import aliases, common, emit, masks, scales, sums, zeros
 from passes.strategies import jvp_over_gradient
 from rewriter import step
 from tests.oracle import check
@@ -389,7 +389,7 @@ def row_scale_is_doubled(patch: pytest.MonkeyPatch) -> None:
     right = scales._shaped
 
     def wrong(graph: torch.fx.Graph, scale: torch.fx.Node, like: torch.fx.Node) -> torch.fx.Node:
-        return scales.emit(graph, aten.mul.Scalar, right(graph, scale, like), 2, scale)
+        return emit.call(graph, aten.mul.Scalar, (right(graph, scale, like), 2), {}, scale)
 
     patch.setattr(scales, "_shaped", wrong)
 
