@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import are_equal, value_of
+from passes.graph import are_equal, arguments, value_of
 
 aten = torch.ops.aten
 
@@ -34,19 +34,33 @@ def _is_identity_permutation(node: Node) -> bool:
     return list(dims) == list(range(len(dims)))
 
 
-def _undoes(node: Node) -> Node | None:
-    """Return ``x`` for ``permute(permute(x, p), q)`` where ``q`` undoes ``p``."""
-    inner = node.args[0]
-    if node.target is not aten.permute.default or not isinstance(inner, Node):
-        return None
-    if inner.target is not aten.permute.default:
-        return None
-    outer_dims, inner_dims = list(node.args[1]), list(inner.args[1])  # pyright: ignore
-    rank = len(inner_dims)
-    inside = [d % rank for d in inner_dims]
-    if [inside[d % rank] for d in outer_dims] == list(range(rank)):
-        return inner.args[0]  # pyright: ignore[reportReturnType]
-    return None
+def merge_views(graph: Graph) -> int:
+    """``permute(permute(x, p), q) → permute(x, p∘q)`` and ``reshape(reshape(x, …), s) → reshape(x,
+    s)``, where the result is laid out the same."""
+    changes = 0
+    for node in list(graph.nodes):
+        inner = node.args[0] if node.args else None
+        if node.target not in _MERGED or not isinstance(inner, Node) or not node.users:
+            continue
+        if inner.target is not node.target or node.kwargs or inner.kwargs:
+            continue
+        source, how = arguments(inner)[0], arguments(node)[1]
+        if node.target is aten.permute.default:
+            how = _composed(arguments(inner)[1], how)
+        target: Any = node.target
+        made = target(value_of(source), torch.fx.map_arg(how, value_of))
+        if are_equal(made.stride(), value_of(node).stride()):
+            node.args = (source, how)
+            changes += 1
+    return changes
+
+
+def _composed(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Return one permutation that does what two do, one after the other."""
+    return [first[d] % len(first) for d in second]
+
+
+_MERGED = {aten.permute.default, aten.reshape.default}
 
 
 def _neutral(number: Any) -> Callable[[Node], bool]:
@@ -84,18 +98,15 @@ def _rank(node: Any) -> int:
 
 
 def drop_aliases(graph: Graph) -> int:
-    """Drop what changes nothing: ``alias(x) → x``, a view to the same shape, ``x·1``, ``x+0``, a
-    permutation and its inverse."""
+    """Drop what changes nothing: ``alias(x) → x``, a view to the same shape, ``x·1``, ``x+0``."""
     changes = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
-        source = _undoes(node)
-        if source is None:
-            holds = _WHEN.get(node.target)
-            if holds is None or not isinstance(node.args[0], Node) or not holds(node):
-                continue
-            source = node.args[0]
+        holds = _WHEN.get(node.target)
+        if holds is None or not isinstance(node.args[0], Node) or not holds(node):
+            continue
+        source = node.args[0]
         if value_of(source).stride() != value_of(node).stride():
             continue  # a view further on may rely on the layout
         if value_of(source).is_conj() != value_of(node).is_conj():

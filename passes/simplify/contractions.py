@@ -74,15 +74,19 @@ def _other_form(
         return None
     if formed.target is operator.getitem:
         return _of_convolution(graph, total, formed, along, known)
-    if formed.target not in _PRODUCTS:
+    product, is_turned = _matrix(formed)
+    if product.target not in _PRODUCTS or len(product.users) > 1:
         return None
-    return _of_product(graph, total, formed, along, known)
+    if is_turned and not _sums_all(total, value_of(formed).dim()):
+        return None
+    v, turned = _matrix(along)
+    return _of_product(graph, total, product, (v, turned != is_turned), known)
 
 
 def _of_product(
-    graph: Graph, total: Node, formed: Node, along: Node, known: dict[Any, Node]
+    graph: Graph, total: Node, formed: Node, v: Matrix, known: dict[Any, Node]
 ) -> tuple[Node, Node] | None:
-    left, right, v = *map(_matrix, arguments(formed)), _matrix(along)
+    left, right = map(_matrix, arguments(formed))
     rank = value_of(formed).dim()
     for kept, key, dim in (
         (left, (v, _transposed(right)), rank - 1),

@@ -19,3 +19,13 @@ def call(
     values, options = torch.fx.map_arg((made.args, made.kwargs), value_of)
     made.meta = {**like.meta, "val": target(*values, **options)}
     return made
+
+
+def size_of(graph: Graph, node: Node, dim: int) -> Any:
+    """Return a size of a tensor, as a node where it is symbolic."""
+    size = value_of(node).shape[dim]
+    if isinstance(size, int):
+        return size
+    made = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+    made.meta["val"] = size
+    return made

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from passes.graph import drop_dead, finish
-from passes.simplify.aliases import drop_aliases
+from passes.simplify.aliases import drop_aliases, merge_views
+from passes.simplify.batches import fold_batches
 from passes.simplify.common import merge_common
 from passes.simplify.contractions import contract_first
 from passes.simplify.filled import fold_filled
@@ -15,11 +16,13 @@ from passes.simplify.sums import gather_sums
 from passes.simplify.zeros import drop_zeros
 
 RULES = (
+    merge_views,
     drop_aliases,
     drop_zeros,
     fold_filled,
     narrow_masks,
     merge_common,
+    fold_batches,
     gather_sums,
     share_scaled,
     merge_products,

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.graph import are_equal, arguments, is_equal, is_float, value_of
-from passes.simplify.emit import call
+from passes.simplify.emit import call, size_of
 from passes.simplify.filled import RESHAPES, filling
 from passes.simplify.zeros import is_made_of_zeros
 
@@ -169,7 +169,8 @@ def _with_operand(graph: Graph, node: Node, position: int, operand: Node) -> Nod
         operand = call(graph, aten.permute.default, (operand, [1, 0]), {}, operand)
     args = list(source.args)
     args[position] = operand
-    made = graph.call_function(source.target, tuple(args))
+    target: Any = source.target
+    made = graph.call_function(target, tuple(args))
     made.meta = dict(source.meta)
     return made if source is node else graph.call_function(operator.getitem, (made, 1))
 
@@ -295,15 +296,5 @@ def _shaped(graph: Graph, scale: Node, like: Node) -> Node:
     value, rank = value_of(scale), value_of(like).dim()
     if value.dim() == rank:
         return scale
-    sizes = [_rows_in(graph, scale), *[1] * (rank - 1)]
+    sizes = [size_of(graph, scale, 0), *[1] * (rank - 1)]
     return call(graph, aten.reshape.default, (scale, sizes), {}, scale)
-
-
-def _rows_in(graph: Graph, scale: Node) -> Any:
-    """Return the number of rows, as a node where it is symbolic."""
-    size = value_of(scale).shape[0]
-    if isinstance(size, int):
-        return size
-    made = graph.call_function(aten.sym_size.int, (scale, 0))
-    made.meta["val"] = size
-    return made

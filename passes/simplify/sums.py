@@ -37,7 +37,7 @@ _NOT_HERE = {
     aten.detach.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
 _SUMMED = {op for op, positions in LINEAR.items() if positions == (0,)} - _NOT_HERE
-_SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_SUMS: dict[Any, int] = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 # Half the range of float16 is too little for a sum that was not written.
 _TYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -228,7 +228,8 @@ def _signed(terms: list[Term]) -> tuple[tuple[Term, ...], int]:
 
 def _readings(node: Node) -> Iterator[_Reading]:
     """Yield the ways to see a node as a linear operator on one of its arguments."""
-    target, args = node.target, arguments(node)
+    target: Any = node.target
+    args = arguments(node)
     if target in _SUMMED or target is aten.div.Tensor or target is aten.div.Scalar:
         yield from _reading(node, (0,))
     elif target is aten.where.self:
@@ -262,8 +263,8 @@ def _reading(
     node: Node, positions: tuple[int, ...], *, commutes: bool = False, unread: int | None = None
 ) -> Iterator[_Reading]:
     args = list(node.args)
-    moved = [args[position] for position in positions]
-    if not all(isinstance(x, Node) and isinstance(value_of(x), Tensor) for x in moved):
+    moved = [x for x in map(args.__getitem__, positions) if isinstance(x, Node)]
+    if len(moved) < len(positions) or not all(isinstance(value_of(x), Tensor) for x in moved):
         return
     for position in positions:
         args[position] = None

@@ -24,7 +24,18 @@ from passes import (
     tangent_rules,
     tangent_tables,
 )
-from passes.simplify import aliases, common, emit, masks, scales, sums, zeros
+from passes.simplify import (
+    aliases,
+    batches,
+    common,
+    contractions,
+    emit,
+    filled,
+    masks,
+    scales,
+    sums,
+    zeros,
+)
 from passes.strategies import jvp_over_gradient
 from rewriter import step
 from tests.oracle import check
@@ -134,6 +145,23 @@ def rows_of_a_jacobian(net: nn.Module, x: Tensor) -> Tensor:
     return sum((g.square().sum() for g in rows), u.sin().sum())
 
 
+def hessian_vector(net: nn.Module, x: Tensor) -> Tensor:
+    """A gradient in parameters, along a direction."""
+    value, parameters = net(x).sin().mean(), list(net.parameters())
+    grads = torch.autograd.grad(value, parameters, create_graph=True)
+    parts = [(g * p.detach().cos()).sum() for g, p in zip(grads, parameters, strict=True)]
+    return sum(parts, 0 * value)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 def with_data(net: nn.Module, x: Tensor) -> Tensor:
     """A data loss beside a penalty, at the same points."""
     p = x.detach().requires_grad_()
@@ -168,10 +196,12 @@ class Subject:
     net: Callable[[], nn.Module] = mlp
     shape: tuple[int, ...] = (4, 3)
     strategy: str = "jvp_over_gradient"
+    dynamic: bool | None = None
 
     def check(self) -> None:
         torch.manual_seed(12)
-        check(self.loss, [self.net()], random_points(*self.shape), strategy=self.strategy)
+        points, options = random_points(*self.shape), {"dynamic": self.dynamic}
+        check(self.loss, [self.net()], points, strategy=self.strategy, **options)
 
 
 SUBJECTS = {
@@ -190,6 +220,8 @@ SUBJECTS = {
     "master": Subject(hidden_master),
     "norm": Subject(penalty, normalized),
     "rows": Subject(rows_of_a_jacobian),
+    "hvp": Subject(hessian_vector),
+    "attention": Subject(hessian_vector, lambda: Attention().double(), (3, 2, 4), dynamic=False),
     "data": Subject(with_data, piecewise, strategy="auto"),
 }
 
@@ -405,6 +437,31 @@ def other_operands_do_not_count(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sums, "_readings", wrong)
 
 
+def contraction_without_the_cotangent(patch: pytest.MonkeyPatch) -> None:
+    right = contractions._of_product
+
+    def wrong(*arguments: Any) -> Any:
+        pair = right(*arguments)
+        return None if pair is None else (pair[1], pair[1])
+
+    patch.setattr(contractions, "_of_product", wrong)
+
+
+def every_filling_is_one(patch: pytest.MonkeyPatch) -> None:
+    right = filled.filling
+    patch.setattr(filled, "filling", lambda node: None if right(node) is None else 1)
+
+
+def product_of_a_batch_is_doubled(patch: pytest.MonkeyPatch) -> None:
+    right = batches._of_one_weight
+
+    def wrong(graph: torch.fx.Graph, node: Node) -> Any:
+        made = right(graph, node)
+        return made and emit.call(graph, aten.mul.Scalar, (made, 2), {}, node)
+
+    patch.setattr(batches, "_of_one_weight", wrong)
+
+
 def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     right = joint.finish_joint
 
@@ -475,6 +532,9 @@ PLANTED: dict[Plant, str] = {
     norm_taken_apart_wrongly: "norm",
     sum_and_difference_commute: "operators",
     row_scale_is_doubled: "data",
+    contraction_without_the_cotangent: "hvp",
+    every_filling_is_one: "hvp",
+    product_of_a_batch_is_doubled: "attention",
     other_operands_do_not_count: "rows",
     last_gradient_is_forgotten: "penalty",
     state_stays: "norm",

@@ -119,18 +119,6 @@ ALIASES = {
     "power_one": Case(lambda x: (x**1).sin(), (M,), 1, ("sin",)),
     "sum_of_scalar": Case(lambda x: aten.sum.dim_IntList(x, []).sin(), ((),), 1, ("sin",)),
     "mean_of_scalar": Case(lambda x: aten.mean(x).sin(), ((),), 1, ("sin",)),
-    "inverse_permutation": Case(
-        lambda x: aten.permute(aten.permute(x, [2, 0, 1]), [1, 2, 0]).sin(),
-        ((2, 3, 4),),
-        1,
-        ("sin",),
-    ),
-    "inverse_permutation_from_the_end": Case(
-        lambda x: aten.permute(aten.permute(x, [-1, 0, 1]), [-2, 2, 0]).sin(),
-        ((2, 3, 4),),
-        1,
-        ("sin",),
-    ),
     "chain": Case(lambda x: aten.alias(aten.detach((x * 1) + 0)).sin(), (M,), 4, ("sin",)),
     # What must stay.
     "times_one_changes_type": Case(lambda x: x * 1.0, (WHOLE,), 0, ("mul.Tensor",)),
