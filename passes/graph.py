@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -55,6 +56,11 @@ def same_layout(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are proven to have the same type, device, shape and strides."""
     kinds = (one.dtype, one.device) == (other.dtype, other.device)
     return kinds and are_equal(one.shape, other.shape) and are_equal(one.stride(), other.stride())
+
+
+def elements(value: Tensor) -> int:
+    """Return how many elements a tensor has at the sizes it was captured at."""
+    return math.prod(map(hint, value.shape))
 
 
 def arguments(node: Node) -> Any:

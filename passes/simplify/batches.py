@@ -7,13 +7,10 @@ tensor (length, width, width).
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
-from passes.graph import are_equal, arguments, hint, is_equal, value_of
+from passes.graph import are_equal, arguments, elements, hint, is_equal, value_of
 from passes.simplify.emit import call, size_of
 
 aten = torch.ops.aten
@@ -49,7 +46,7 @@ def _of_one_weight(graph: Graph, node: Node) -> Node | None:
     batch = value_of(x).shape[0]
     if value_of(weight).dim() == 3 and not is_equal(value_of(weight).shape[0], 1):
         return None
-    if _copied(x) > _count(batch, *value_of(weight).shape):
+    if _copied(x) > hint(batch) * elements(value_of(weight)):
         return None
     if value_of(weight).dim() == 3:
         weight = call(graph, aten.squeeze.dims, (weight, [0]), {}, node)
@@ -67,7 +64,7 @@ def _of_summed(graph: Graph, node: Node, total: Node) -> Node | None:
     if dims not in ([0], [-3]) or not _is_turned(left):
         return None
     left = arguments(left)[0]
-    if _copied(left) + _copied(right) > _count(*value_of(node).shape):
+    if _copied(left) + _copied(right) > elements(value_of(node)):
         return None
     flat = [
         call(graph, aten.reshape.default, (x, [-1, size_of(graph, x, 2)]), {}, total)
@@ -91,10 +88,6 @@ def _is_turned(node: Node) -> bool:
 def _copied(node: Node) -> int:
     """Return how many elements are copied to put the matrices of a batch one below the other."""
     value = value_of(node)
-    batch, rows, columns = value.shape
+    _, rows, columns = value.shape
     laid_out = are_equal(value.stride(), (rows * columns, columns, 1))
-    return 0 if laid_out else _count(batch, rows, columns)
-
-
-def _count(*sizes: Any) -> int:
-    return math.prod(map(hint, sizes))
+    return 0 if laid_out else elements(value)

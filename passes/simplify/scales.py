@@ -184,6 +184,8 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
     if node.op != "call_function":
         return opaque
     target, args = node.target, arguments(node)
+    if target is aten.expand.default:
+        return _of_ones(node) or opaque
     if target is aten.mul.Tensor:
         return _of_product(node, found) or opaque
     if target is aten.where.self:
@@ -202,6 +204,15 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
     if target in _LINEAR or (target in _CONVOLUTIONS and _has_linear_rows(node)):
         return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
     return opaque
+
+
+def _of_ones(node: Node) -> _Scaled | None:
+    """``expand(w) = mm(1, w)``, as which it would be found."""
+    (w, *_), value = arguments(node), value_of(node)
+    if value.dim() != 2 or value_of(w).dim() != 2 or not is_one(value_of(w).shape[0]):
+        return None
+    ones = ("ones", (str(value.shape[0]), "1"), value.dtype, value.device)
+    return _Scaled(_call(aten.mm.default, ones, (w,), {}))
 
 
 def _of_product(node: Node, found: dict[Node, _Scaled]) -> _Scaled | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from passes.graph import arguments, same_layout, value_of
+from passes.graph import arguments, elements, same_layout, value_of
 from passes.simplify.emit import call
 from passes.tangent_tables import BILINEAR, LINEAR
 
@@ -119,14 +119,15 @@ class _Gathering:
         """Whether the arguments may be added, and some other operator needs their sum too if they
         are larger than the result."""
         first = group[0][1]
+        x, *others = first.moved
         same = [same_layout(value_of(a), value_of(b)) for _, r in group
                 for a, b in zip(r.moved, first.moved, strict=True)]  # fmt: skip
         value = value_of(root)
-        if not all(same) or any(value_of(x).dtype != value.dtype for x in first.moved):
+        if not all(same) or any(value_of(y).dtype != value.dtype for y in first.moved):
             return False
-        if len(first.moved) > 1 and len({sign for (_, sign), _ in group}) > 1:
+        if others and len({sign for (_, sign), _ in group}) > 1:
             return False
-        if first.call.target not in _SUMMED or value_of(first.moved[0]).numel() <= value.numel():
+        if first.call.target not in _SUMMED or elements(value_of(x)) <= elements(value):
             return True
         key = _signed([(r.moved[0], sign) for (_, sign), r in group])[0]
         if key in self.sums and self.sums[key] < root:
