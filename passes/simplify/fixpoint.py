@@ -11,6 +11,7 @@ from passes.simplify.common import merge_common
 from passes.simplify.contractions import contract_first
 from passes.simplify.filled import fold_filled
 from passes.simplify.masks import narrow_masks
+from passes.simplify.narrow import narrow_products
 from passes.simplify.rows import multiply_rows_once
 from passes.simplify.scales import merge_products, share_scaled
 from passes.simplify.sums import gather_sums
@@ -29,6 +30,7 @@ RULES = (
     merge_products,
     contract_first,
     multiply_rows_once,
+    narrow_products,
 )
 
 

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 Row = tuple[Any, ...] | None  # its numbers; empty if only known to be the same in each row
 
-# Results of these are laid out anew, so an expanded operand is as good as one in full.
+# These fill a result of their own, so an expanded operand is as good as one in full.
 _POINTWISE = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.where.self}
 
 
@@ -102,6 +102,8 @@ def row_of(node: Any) -> Row:
         return () if before.dim() < 2 or is_equal(before.shape[0], 1) else None
     if target is aten.slice_scatter.default and not node.kwargs:
         return _scattered(arguments(node), columns)
+    if target is aten.select_scatter.default:
+        return _selected(arguments(node), columns)
     if target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(args[1], (int, float)):
         row, factor = row_of(args[0]), args[1]
         return None if row is None else tuple(number * factor for number in row)
@@ -124,6 +126,15 @@ def _scattered(args: Any, columns: Any) -> Row:
     return tuple(mixed)
 
 
+def _selected(args: Any, columns: Any) -> Row:
+    """Return the row of ``select_scatter(base, source, dim, index)``."""
+    base, source, dim, index = args
+    row, number = row_of(base), filling(source)
+    if dim not in (1, -1) or not row or number is None or not isinstance(columns, int):
+        return None
+    return tuple(number if i == index % columns else x for i, x in enumerate(row))
+
+
 def _first_row(graph: Graph, node: Node, like: Node) -> Node:
     return call(graph, aten.slice.Tensor, (node, 0, 0, 1), {}, like)
 
@@ -135,13 +146,12 @@ def _times(graph: Graph, node: Node, number: Any, like: Node) -> Node:
 def _keeps_layouts(node: Node) -> bool:
     """Whether what reads a node is laid out the same if the node is an expanded row."""
     value = value_of(node)
+    expanded = value.new_empty(()).expand(value.shape)
     for user in node.users:
         if user.target not in _POINTWISE or user.kwargs:
             return False
-        others = [value_of(x) for x in user.all_input_nodes if x is not node]
-        dense = [x for x in others if isinstance(x, Tensor) and x.dim() == 2]
-        if not any(are_equal(x.stride(), value.stride()) for x in dense):
-            return False
-        if not are_equal(value_of(user).stride(), value.stride()):
+        operator: Any = user.target
+        values = [expanded if x is node else value_of(x) for x in user.args]
+        if not are_equal(operator(*values).stride(), value_of(user).stride()):
             return False
     return True

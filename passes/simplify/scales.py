@@ -187,7 +187,7 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
     if target is aten.expand.default:
         return _of_ones(node) or opaque
     if target is aten.mul.Tensor:
-        return _of_product(node, found) or opaque
+        return _of_product(node, found) or _of_ones(node) or opaque
     if target is aten.where.self:
         return _of_branches(node, found) or opaque
     first = args[0] if args else None
@@ -207,12 +207,20 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
 
 
 def _of_ones(node: Node) -> _Scaled | None:
-    """``expand(w) = mm(1, w)``, as which it would be found."""
-    (w, *_), value = arguments(node), value_of(node)
-    if value.dim() != 2 or value_of(w).dim() != 2 or not is_one(value_of(w).shape[0]):
+    """``expand(w) = mm(1, w)`` and ``s ⊙ w = mm(s, w)``, as which they would be found."""
+    value = value_of(node)
+    if value.dim() != 2:
+        return None
+    s, w, *_ = (None, *arguments(node)) if node.target is aten.expand.default else arguments(node)
+    if s is not None and not _is_row_scale(value_of(s)):
+        s, w = w, s
+    if not isinstance(w, Node) or value_of(w).dim() != 2 or not is_one(value_of(w).shape[0]):
         return None
     ones = ("ones", (str(value.shape[0]), "1"), value.dtype, value.device)
-    return _Scaled(_call(aten.mm.default, ones, (w,), {}))
+    key = _call(aten.mm.default, ones, (w,), {})
+    if s is None or _is_ones(s):
+        return _Scaled(key)
+    return _Scaled(key, (s,)) if _is_row_scale(value_of(s)) else None
 
 
 def _of_product(node: Node, found: dict[Node, _Scaled]) -> _Scaled | None:
