@@ -147,6 +147,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     for kept in (
         aten.max_pool2d_with_indices_backward.default,
         aten.linalg_vector_norm.default,
+        # By its parts it is a choice by an index that is compared; that all else is zero is lost.
+        aten.select_scatter.default,
         # As an alias it would be lost; in what a user wrote it stops gradients.
         aten.detach.default,
     ):

@@ -25,7 +25,8 @@ _SCATTERED: dict[Any, Any] = {
     aten.slice_scatter.default: aten.slice.Tensor,
     aten.select_scatter.default: aten.select.int,
 }
-# A matrix, or the one column of it, whether it is meant transposed; the dimension, and from where to where it fills.
+# A matrix, or one column of it; whether its transpose is meant; the dimension that it fills a part
+# of, from where, to where.
 Part = tuple[Node, bool, int, int, int]
 
 
