@@ -32,6 +32,8 @@ from passes.simplify import (
     emit,
     filled,
     masks,
+    narrow,
+    rows,
     scales,
     sums,
     zeros,
@@ -153,6 +155,22 @@ def hessian_vector(net: nn.Module, x: Tensor) -> Tensor:
     return sum(parts, 0 * value)
 
 
+def columns_alike(net: nn.Module, x: Tensor) -> Tensor:
+    """The seed is the same for each output, not for each point."""
+    p = x.detach().requires_grad_()
+    u = net(p)
+    (g,) = torch.autograd.grad(u, p, x[:, :1].cos().expand(u.shape), create_graph=True)
+    return g.square().sum()
+
+
+def second_derivative(net: nn.Module, x: Tensor) -> Tensor:
+    """In the first coordinate, of the last output."""
+    p = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(p)[:, -1].sum(), p, create_graph=True)
+    (h,) = torch.autograd.grad(g[:, 0].sum(), p, create_graph=True)
+    return (g[:, 1] + h[:, 0]).square().sum()
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -222,6 +240,8 @@ SUBJECTS = {
     "rows": Subject(rows_of_a_jacobian),
     "hvp": Subject(hessian_vector),
     "attention": Subject(hessian_vector, lambda: Attention().double(), (3, 2, 4), dynamic=False),
+    "broadcast": Subject(columns_alike),
+    "coordinate": Subject(second_derivative),
     "data": Subject(with_data, piecewise, strategy="auto"),
 }
 
@@ -462,6 +482,22 @@ def product_of_a_batch_is_doubled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(batches, "_of_one_weight", wrong)
 
 
+def unit_vectors_are_the_first(patch: pytest.MonkeyPatch) -> None:
+    """Which column is filled does not matter."""
+    right = narrow._place
+
+    def wrong(*arguments: Any) -> Any:
+        place = right(*arguments)
+        return place and (0, place[1] - place[0])
+
+    patch.setattr(narrow, "_place", wrong)
+
+
+def rows_are_equal(patch: pytest.MonkeyPatch) -> None:
+    """What is expanded along its columns is taken for equal rows."""
+    patch.setattr(rows, "is_equal", lambda size, one: True)
+
+
 def last_gradient_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     right = joint.finish_joint
 
@@ -532,6 +568,8 @@ PLANTED: dict[Plant, str] = {
     norm_taken_apart_wrongly: "norm",
     sum_and_difference_commute: "operators",
     row_scale_is_doubled: "data",
+    unit_vectors_are_the_first: "coordinate",
+    rows_are_equal: "broadcast",
     contraction_without_the_cotangent: "hvp",
     every_filling_is_one: "hvp",
     product_of_a_batch_is_doubled: "attention",
