@@ -15,8 +15,9 @@ backward chain of its own, and its weight gradients ride on the penalty's own pr
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,6 @@ aten = torch.ops.aten
 # Linear in the first argument, a row at a time, for all other arguments that there are.
 _LINEAR = {
     aten.mm.default,
-    aten.neg.default,
-    aten.mul.Scalar,
-    aten.div.Scalar,
     aten.alias.default,
     aten.detach.default,
     aten.clone.default,
@@ -53,10 +51,12 @@ class _Scaled:
     Attributes:
         key: Equal for two nodes only if this is the same value.
         scales: The factors, tensors with one element a row, in the order of their names.
+        number: A factor that is the same for all rows.
     """
 
     key: Any
     scales: tuple[Node, ...] = ()
+    number: float = 1
 
 
 def share_scaled(graph: Graph) -> int:
@@ -69,24 +69,28 @@ def share_scaled(graph: Graph) -> int:
         if not is_float(node) and node.target is not aten.convolution_backward.default:
             continue
         scaled = found[node] = _scaled(node, found)
-        if not scaled.scales:
-            plain.setdefault(scaled.key, node)
-        if node in scaled.scales or not scaled.scales or not is_float(node):
-            continue
         base = plain.get(scaled.key)
-        if base is None or _source(node).target not in _DEAR or not _is_same_layout(base, node):
+        if base is None and not scaled.scales:
+            plain[scaled.key] = node
+        if base is None or node in scaled.scales or not is_float(node):
+            continue
+        ratio = _number(scaled.number / found[base].number)
+        if ratio is None or _source(node).target not in _DEAR or not _is_same_layout(base, node):
             continue
         with graph.inserting_before(node):
-            product = base
-            for scale in scaled.scales:
-                product = call(
-                    graph, aten.mul.Tensor, (product, _shaped(graph, scale, base)), {}, node
-                )
+            product = _times(graph, base, scaled.scales, ratio, node)
         node.replace_all_uses_with(product)
         found[product] = scaled
         graph.erase_node(node)
         changes += 1
     return changes
+
+
+def _times(graph: Graph, x: Node, scales: Sequence[Node], number: float | None, like: Node) -> Node:
+    """Multiply a tensor by factors for each row and by one for all."""
+    for scale in scales:
+        x = call(graph, aten.mul.Tensor, (x, _shaped(graph, scale, x)), {}, like)
+    return x if number == 1 else call(graph, aten.mul.Tensor, (x, number), {}, like)
 
 
 def merge_products(graph: Graph) -> int:
@@ -140,13 +144,15 @@ def _merged(graph: Graph, first: Node, second: Node, found: dict[Node, _Scaled])
         if mine[i] not in found or theirs[i] not in found:
             continue
         one, other = found[mine[i]], found[theirs[i]]
-        if one.key != other.key or bool(one.scales) == bool(other.scales):
+        if one.key != other.key or (one.scales and other.scales):
             continue
         if other.scales:
-            one, second, mine, theirs = other, first, theirs, mine
+            one, other, second, mine, theirs = other, one, first, theirs, mine
+        ratio = _number(one.number / other.number)
+        if ratio is None or (not one.scales and ratio == 1):
+            continue
         x, y = mine[1 - i], theirs[1 - i]
-        for scale in one.scales:
-            x = call(graph, aten.mul.Tensor, (x, _shaped(graph, scale, x)), {}, x)
+        x = _times(graph, x, one.scales, ratio, x)
         total = call(graph, aten.add.Tensor, (x, y), {}, x)
         return _with_operand(graph, second, 1 - i, total)
     return None
@@ -195,14 +201,18 @@ def _scaled(node: Node, found: dict[Node, _Scaled]) -> _Scaled:
     if inner is None or not isinstance(first, Node):
         return opaque
     if target is operator.getitem and first.target is aten.convolution_backward.default:
-        return _Scaled((target, inner.key, args[1]), inner.scales)
+        return _Scaled((target, inner.key, args[1]), inner.scales, inner.number)
     if target in RESHAPES:
         before = value_of(first)
         if not value.dim() or not before.dim() or not is_equal(before.shape[0], value.shape[0]):
             return opaque
-        return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
+        key = _call(target, inner.key, args[1:], node.kwargs)
+        return _Scaled(key, inner.scales, inner.number)
+    if target in _NUMBERS and not node.kwargs and (factor := _NUMBERS[target](*args[1:])):
+        return _Scaled(inner.key, inner.scales, inner.number * factor)
     if target in _LINEAR or (target in _CONVOLUTIONS and _has_linear_rows(node)):
-        return _Scaled(_call(target, inner.key, args[1:], node.kwargs), inner.scales)
+        key = _call(target, inner.key, args[1:], node.kwargs)
+        return _Scaled(key, inner.scales, inner.number)
     return opaque
 
 
@@ -232,20 +242,24 @@ def _of_product(node: Node, found: dict[Node, _Scaled]) -> _Scaled | None:
         return None
     rank = value_of(node).dim()
     if not isinstance(other, Node):
-        return _Scaled(_call(node.target, found[one].key, (other,), {}), found[one].scales)
+        factor = _number(other)
+        if factor is None or not _same_shape(one, node):
+            return None
+        return _Scaled(found[one].key, found[one].scales, found[one].number * factor)
     if other not in found or not rank:
         return None
     for x, s in ((one, other), (other, one)):
         if _is_row_scale(value_of(s), rank) and _same_shape(x, node):
-            return _Scaled(found[x].key, _together(found[x].scales, (s,)))
+            return _Scaled(found[x].key, _together(found[x].scales, (s,)), found[x].number)
     for x, m in ((one, other), (other, one)):
         if found[x].scales and not found[m].scales and _same_shape(x, node):
-            return _Scaled(_call(node.target, found[x].key, (m,), {}), found[x].scales)
+            key = _call(node.target, found[x].key, (m,), {})
+            return _Scaled(key, found[x].scales, found[x].number)
     if not found[one].scales and not found[other].scales:
         for x, m in ((one, other), (other, one)):
             # The order in which a scaled product of the same two would be found.
             if _same_shape(x, node) and found[x].key[0] != "node":
-                return _Scaled(_call(node.target, found[x].key, (m,), {}))
+                return _Scaled(_call(node.target, found[x].key, (m,), {}), (), found[x].number)
     return None
 
 
@@ -258,8 +272,32 @@ def _of_branches(node: Node, found: dict[Node, _Scaled]) -> _Scaled | None:
     scales = {found[branch].scales for branch in full}
     if len(scales) != 1 or not all(_same_shape(branch, node) for branch in full):
         return None
-    keys = (found[branch].key if branch in full else "zero" for branch in branches)
-    return _Scaled((node.target, mask, *keys), scales.pop())
+    number = found[full[0]].number  # the slope of a leaky branch belongs to the key
+    keys = (
+        (found[branch].key, found[branch].number / number) if branch in full else "zero"
+        for branch in branches
+    )
+    return _Scaled((node.target, mask, *keys), scales.pop(), number)
+
+
+def _number(item: Any) -> float | None:
+    """Return a factor that may be taken out; None for a tensor, for zero and what is not finite."""
+    is_number = isinstance(item, int | float) and not isinstance(item, bool)
+    return item if is_number and item != 0 and math.isfinite(item) else None
+
+
+def _inverse(item: Any) -> float | None:
+    number = _number(item)
+    return number and _number(1 / number)
+
+
+# Operators that multiply by a number.
+_NUMBERS: dict[Any, Callable[..., float | None]] = {
+    aten.neg.default: lambda: -1,
+    aten.mul.Scalar: _number,
+    aten.div.Scalar: _inverse,
+    aten.div.Tensor: _inverse,
+}
 
 
 def _has_linear_rows(node: Node) -> bool:

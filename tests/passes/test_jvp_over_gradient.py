@@ -146,9 +146,9 @@ def test_value_alone(loss: Loss, inputs: list[Tensor]) -> None:
 def test_cost_of_a_penalty() -> None:
     """Gradient penalty of an MLP with L layers, in products of one layer each.
 
-    The gradient costs 2L - 1. Its JVP costs 2(L - 1), less the one that would move the gradient in
-    the points, which are data. The gradients of the weights are a product each: of L layers with
-    what comes back, of L - 1 layers with its tangent.
+    The gradient costs 2(L - 1): ones times the last weight are a sum. Its JVP costs 2(L - 1), less
+    the one that would move the gradient in the points, which are data. The gradients of L - 1
+    weights are two products each, of what comes back and of its tangent; that of the last is a sum.
     """
     layers = 4
 
@@ -163,7 +163,7 @@ def test_cost_of_a_penalty() -> None:
     form, _ = in_form(nested(flat_graph(loss, *inputs)), inputs)
     joint = joint_of(form, loss, inputs)
     one = 2 * 5 * 4 * 4
-    expected = (2 * layers - 1) + 2 * (layers - 1) - 1 + layers + (layers - 1)
+    expected = 2 * (layers - 1) + 2 * (layers - 1) - 1 + (layers - 1) + (layers - 1)
     assert price(joint).flops == expected * one
 
 

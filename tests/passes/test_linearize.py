@@ -170,12 +170,13 @@ def test_tangent_recomputes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("layers", [2, 3, 5])
 def test_cost_of_an_mlp_gradient(layers: int) -> None:
-    """A gradient of L layers in the points costs 2L - 1 products (the last layer's output is not
-    needed), and its JVP 2(L - 1): the tangent passes each activation once forward, once back.
+    """A gradient of L layers in the points costs 2(L - 1) products (the last layer's output is not
+    needed, and ones times its weight are a sum), and its JVP 2(L - 1): the tangent passes each
+    activation once forward, once back.
     """
     x, weights = random_points(5, 4), [random_points(4, 4) for _ in range(layers)]
     lin = linearize(traced(mlp_gradient, [x, *weights]), [0], (0,), (0,))
-    assert calls(lin.primal, aten.mm.default) == 2 * layers - 1
+    assert calls(lin.primal, aten.mm.default) == 2 * (layers - 1)
     assert calls(lin.tangent, aten.mm.default) == 2 * (layers - 1)
     assert calls(lin.primal, aten.tanh.default) == layers - 1
     assert calls(lin.tangent, aten.tanh.default) == 0

@@ -77,6 +77,20 @@ IMAGES, KERNEL = (5, 2, 4, 4), (2, 2, 3, 3)
 SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
     "product": (lambda s, x, w: (x @ w, (s * x) @ w), (S, R, SQUARE), 1, 1),
     "other order": (lambda s, x, w: (x @ w, (x * s) @ w), (S, R, SQUARE), 1, 1),
+    "a number": (lambda x, w: (x @ w, (3 * x) @ w), (R, SQUARE), 1, 1),
+    "its negative": (lambda x, w: (x @ w, (-x / 4) @ w), (R, SQUARE), 1, 1),
+    "a scale and a number": (
+        lambda s, x, w: (x @ w, (s * (x * 0.5)) @ w),
+        (S, R, SQUARE),
+        1,
+        1,
+    ),
+    "a chain after a number": (
+        lambda x, w, v, m: (chain(x, w, v, m), chain(x / 7, w, v, m)),
+        (R, SQUARE, SQUARE, R),
+        2,
+        2,
+    ),
     "two scales": (lambda s, t, x, w: (x @ w, (s * (x * t)) @ w), (S, S, R, SQUARE), 1, 1),
     "a chain": (
         lambda s, x, w, v, m: (chain(x, w, v, m), chain(s * x, w, v, m)),
@@ -123,6 +137,18 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
         ((1, 1), (1, 1)),
         0,
         0,
+    ),
+    "different numbers": (
+        lambda x, y, w: (torch.where(y > 0, x, y) @ w, torch.where(y > 0, 2 * x, 3 * y) @ w),
+        (R, R, SQUARE),
+        0,
+        2,
+    ),
+    "zero and infinity": (
+        lambda x, w: (x @ w, (x * 0) @ w, (x / float("inf")) @ w),
+        (R, SQUARE),
+        0,
+        3,
     ),
     "alone": (lambda s, x, w: ((s * x) @ w,), (S, R, SQUARE), 0, 1),
     "scale of columns": (lambda s, x, w: (x @ w, (s * x) @ w), ((1, 4), R, SQUARE), 0, 2),
@@ -184,6 +210,12 @@ MERGED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, int]] = {
     "right up to a scale": (
         lambda s, a, x, y: (a.t() @ y + (a * s).t() @ x,),
         (S, R, R, R),
+        1,
+        1,
+    ),
+    "left up to a number": (
+        lambda a, x, y: ((2 * a).permute(1, 0) @ x + a.permute(1, 0) @ y,),
+        (R, R, R),
         1,
         1,
     ),
