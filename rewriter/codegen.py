@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext, tracing
 from torch._inductor import aoti_compile_and_package, list_mode_options
@@ -19,8 +23,12 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx import GraphModule
+from torch.fx._graph_pickler import GraphPickler
+from torch.fx._graph_pickler import Options as PicklerOptions
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.graph import copy_graph, hint, is_random, placeholders, value_of
 from passes.tracing import fake_mode_of
@@ -41,7 +49,7 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
     """
     if backend == "eager":
         return _op_by_op(module)
-    if not _has_compiler(module):
+    if not has_compiler(module):
         warnings.warn(
             "optimize_nested: no C++ compiler was found, so the rewritten loss runs op by op. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: gxx; macOS: xcode-select "
@@ -56,7 +64,12 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
     # The generator must end where eager leaves it, so draws are eager's own.
     draws = any(is_random(node) for node in module.graph.nodes)
     settings = {**list_mode_options(mode), "fallback_random": draws}
-    with tracing(TracingContext(fake_mode_of(examples))), torch.no_grad(), _floats_left_alone():
+    with (
+        tracing(TracingContext(fake_mode_of(examples))),
+        torch.no_grad(),
+        torch._C._DisableAutocast(),  # casts are in the graph already
+        _floats_left_alone(),
+    ):
         try:
             compiled: Any = compile_fx(module, examples, config_patches=settings)
             if not sizes:
@@ -99,6 +112,110 @@ def _with_sizes(module: GraphModule) -> tuple[GraphModule, list[tuple[int, int]]
     return module, sizes
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What compiled code depends on beside its graph, so that another process makes the same.
+
+    Attributes:
+        mode: A mode of Inductor.
+        inductor: Inductor's configuration.
+        functorch: That of AOTAutograd.
+        threads: How many threads kernels are written for.
+        dtype: The default dtype.
+        deterministic: Whether deterministic algorithms are on, and whether that only warns.
+        precision: Of float32 matrix products.
+        reduced: Whether CUDA's products may accumulate in float16 and in bfloat16.
+        folder: Where Inductor keeps compiled code.
+    """
+
+    mode: str
+    inductor: dict[str, Any]
+    functorch: dict[str, Any]
+    threads: int
+    dtype: torch.dtype
+    deterministic: tuple[bool, bool]
+    precision: str
+    reduced: tuple[bool, bool]
+    folder: str
+
+    @classmethod
+    def now(cls, mode: str) -> Settings:
+        """Return those of this process."""
+        matmul = torch.backends.cuda.matmul
+        return cls(
+            mode=mode,
+            inductor=inductor_config.save_config_portable(),
+            functorch=functorch_config.save_config_portable(),
+            threads=torch.get_num_threads(),
+            dtype=torch.get_default_dtype(),
+            deterministic=(
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
+            precision=torch.get_float32_matmul_precision(),
+            reduced=(
+                matmul.allow_fp16_reduced_precision_reduction,
+                matmul.allow_bf16_reduced_precision_reduction,
+            ),
+            folder=cache_dir(),
+        )
+
+    def apply(self) -> None:
+        """Make them those of this process."""
+        matmul: Any = torch.backends.cuda.matmul
+        inductor_config.load_config(self.inductor)
+        functorch_config.load_config(self.functorch)
+        torch.set_num_threads(self.threads)
+        torch.set_default_dtype(self.dtype)
+        on, warn_only = self.deterministic
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
+        torch.set_float32_matmul_precision(self.precision)
+        (
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+        ) = self.reduced
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.folder
+
+
+def packed(module: GraphModule, mode: str) -> bytes:
+    """Return a graph and the settings of this process, for `fill_cache` in another one.
+
+    Args:
+        module: The graph; its placeholders hold fake tensors.
+        mode: A mode of Inductor.
+
+    Raises:
+        OptimizeNestedError: The graph holds something that cannot go to another process.
+    """
+    module = copy_graph(module)
+    module.meta.clear()
+    for node in module.graph.nodes:
+        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+    try:
+        graph = GraphPickler.dumps(module, PicklerOptions(ops_filter=None))
+        return pickle.dumps((graph, Settings.now(mode)))
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OptimizeNestedError(
+            f"the graph or the settings cannot go to another process: {text}"
+        ) from error
+
+
+def fill_cache(data: bytes) -> None:
+    """Compile what `packed` returned; the code is left in Inductor's cache on disk, where
+    `compile_graph` finds it."""
+    graph, settings = pickle.loads(data)
+    settings.apply()
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    module: Any = GraphPickler.loads(graph, mode)
+    compile_graph(module, "inductor", settings.mode, strict=True)
+
+
+def is_cache_on() -> bool:
+    """Whether Inductor keeps compiled code on disk."""
+    return inductor_config.fx_graph_cache and not inductor_config.force_disable_caches
+
+
 def package_graph(module: GraphModule, mode: str) -> bytes:
     """Compile a graph of tensors to native code ahead of time; return AOTInductor's package.
 
@@ -109,7 +226,7 @@ def package_graph(module: GraphModule, mode: str) -> bytes:
     Raises:
         OptimizeNestedError: There is no C++ compiler, or Inductor fails on the graph.
     """
-    if not _has_compiler(module):
+    if not has_compiler(module):
         raise OptimizeNestedError(
             "no C++ compiler was found: install one, set the environment variable CXX, or compile "
             "with portable=True"
@@ -230,7 +347,7 @@ def _with_own_draws(module: GraphModule) -> GraphModule:
     return module
 
 
-def _has_compiler(module: GraphModule) -> bool:
+def has_compiler(module: GraphModule) -> bool:
     """Whether Inductor can build code for the graph's device."""
     devices = {
         value_of(n).device.type for n in module.graph.nodes if isinstance(value_of(n), Tensor)
