@@ -12,6 +12,7 @@ from rewriter.errors import (
 )
 from rewriter.options import disabled
 from rewriter.report import Report
+from rewriter.start import wait_until_compiled
 from rewriter.version import __version__
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "disabled",
     "load",
     "optimize_nested",
+    "wait_until_compiled",
 ]

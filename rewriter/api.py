@@ -23,6 +23,7 @@ from rewriter.log import log_built, wanted
 from rewriter.make_report import make_report
 from rewriter.naming import modules_in, named_tensors
 from rewriter.options import Options, make_options
+from rewriter.progress import shown
 from rewriter.recorder import Recorder
 from rewriter.report import Report
 from rewriter.rewrite import Rewritten, rewrite
@@ -51,7 +52,8 @@ class OptimizedLoss(Specialising):
 
     def _build(self, captured: GraphModule) -> Step:
         is_told = bool(wanted())
-        rewritten = rewrite(captured, self.options, self.name)
+        with shown(f"rewriting {self.name}"):
+            rewritten = rewrite(captured, self.options, self.name)
         if is_told or is_asked_for():
             report = self._report(rewritten)
             log_built(report)
@@ -102,6 +104,9 @@ class OptimizedLoss(Specialising):
             rewritten,
             specialisations=known if rewritten in known else [*known, rewritten],
             breaks=[refusal.said for refusal in self.refusals],
+            tiers=[
+                line for step in self.steps if step.rewritten is rewritten for line in step.tiers
+            ],
         )
 
     def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:

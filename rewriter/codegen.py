@@ -135,7 +135,7 @@ class Settings:
     dtype: torch.dtype
     deterministic: tuple[bool, bool]
     precision: str
-    reduced: tuple[bool, bool]
+    reduced: tuple[Any, Any]
     folder: str
 
     @classmethod
@@ -169,7 +169,8 @@ class Settings:
         torch.set_default_dtype(self.dtype)
         on, warn_only = self.deterministic
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
-        torch.set_float32_matmul_precision(self.precision)
+        if torch.get_float32_matmul_precision() != self.precision:  # the default is not to have one
+            torch.set_float32_matmul_precision(self.precision)
         (
             matmul.allow_fp16_reduced_precision_reduction,
             matmul.allow_bf16_reduced_precision_reduction,

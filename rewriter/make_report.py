@@ -25,6 +25,7 @@ def make_report(
     *,
     specialisations: Sequence[Rewritten] = (),
     breaks: Sequence[str] = (),
+    tiers: Sequence[str] = (),
 ) -> Report:
     """Build the report of a rewritten loss.
 
@@ -32,6 +33,7 @@ def make_report(
         rewritten: The specialisation to report.
         specialisations: All there are so far.
         breaks: Why calls of the loss were not captured.
+        tiers: What runs its graphs at present.
     """
     taken = rewritten.choice.taken
     hints = size_hints(rewritten.joint)
@@ -58,6 +60,7 @@ def make_report(
         sources=_sources(rewritten),
         breaks=tuple(breaks),
         recompiles=_recompiles(specialisations),
+        tiers=tuple(tiers),
     )
 
 

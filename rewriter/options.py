@@ -13,6 +13,7 @@ from passes.strategies import NAMES
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+STARTS = ("compiled", "tiered")
 CAPTURES = ("dynamo", "trace")
 STRATEGIES = ("auto", "as written", *NAMES)
 
@@ -27,6 +28,9 @@ class Options:
         backend: ``"inductor"`` compiles the rewritten graph, ``"eager"`` runs it op by op.
         mode: Passed to Inductor. ``"max-autotune"`` and ``"max-autotune-no-cudagraphs"`` also time
             the best candidates on the arguments of the first call and keep the fastest.
+        start: ``"compiled"`` compiles before the first step, so that runs repeat bit by bit;
+            ``"tiered"`` runs the first steps op by op while Inductor compiles in a process of its
+            own, and switches between two calls: see `rewriter.wait_until_compiled`.
         dynamic: As in `torch.compile`.
         strategy: A strategy's name for all sites, or a mapping from site names to strategies;
             ``"auto"`` takes the cheapest.
@@ -39,6 +43,7 @@ class Options:
 
     backend: str = "inductor"
     mode: str = "default"
+    start: str = "compiled"
     dynamic: bool | None = None
     strategy: str | Mapping[str, str] = "auto"
     capture: str = "dynamo"
@@ -49,6 +54,7 @@ class Options:
     def __post_init__(self) -> None:
         _require("backend", self.backend, BACKENDS)
         _require("mode", self.mode, MODES)
+        _require("start", self.start, STARTS)
         _require("capture", self.capture, CAPTURES)
         if self.dynamic not in (None, True, False):
             raise ValueError(f"dynamic: expected None, True or False, got {self.dynamic!r}")

@@ -108,6 +108,8 @@ class Report:
         sources: The user's functions that nodes come from.
         breaks: Why calls of the loss were not captured, each kind of call once.
         recompiles: What each specialisation of the loss so far holds for.
+        tiers: With ``start="tiered"``, a line for each graph: whether it runs op by op or compiled,
+            and when the switch came.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -134,6 +136,7 @@ class Report:
     sources: tuple[Source, ...] = ()
     breaks: tuple[str, ...] = ()
     recompiles: tuple[str, ...] = ()
+    tiers: tuple[str, ...] = ()
 
     def stage(self, name: str) -> Stage:
         """Return a stage by name.
@@ -220,6 +223,7 @@ class Report:
             },
             "breaks": list(self.breaks),
             "recompiles": list(self.recompiles),
+            "tiers": list(self.tiers),
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:

@@ -35,6 +35,7 @@ def text_of(record: dict[str, Any]) -> Text:
     if record["captured"]:
         lines = [*_head(record), *_sites(record), *_choices(record), *_stages(record)]
         lines += [*_totals(record["totals"]), *_list("specialisations", record["recompiles"])]
+        lines += _list("graphs", record["tiers"])
     else:
         lines = _not_captured(record)
     breaks = [reason for reason in record["breaks"] if reason != record["reason"]]

@@ -16,12 +16,13 @@ from passes.graph import is_random, needs, placeholders, results
 from passes.linearize import Linearization, split
 from rewriter.batched import one_by_one
 from rewriter.checking import check_step
-from rewriter.codegen import Compiled, compile_graph
+from rewriter.codegen import Compiled
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
+from rewriter.start import Tiered, code_for
 from rewriter.stateful import levels_restored
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
@@ -71,15 +72,26 @@ class Step:
         self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
         self._warnings = list(rewritten.detached)
 
-    def _compile(self, module: GraphModule) -> Compiled:
-        options = self.options
-        return compile_graph(module, options.backend, options.mode, strict=options.strict)
+    def _compile(self, module: GraphModule, part: str) -> Compiled:
+        name = self.rewritten.function or "the loss"
+        return code_for(module, self.options, f"{name} ({part})", self._check_next)
+
+    def _check_next(self) -> None:
+        self._unchecked = self.options.check
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """What runs each graph at present, with ``start="tiered"``."""
+        made = (self._forward, self._backward, self._value)
+        return tuple(str(code) for code in made if isinstance(code, Tiered))
 
     def prepare(self) -> Step:
         """Compile what every call needs; return self."""
         if self.roles.differentiable:
-            whole = self.halves.primal if self.halves else self.rewritten.joint
-            self._forward = self._compile(whole)
+            if self.halves:
+                self._forward = self._compile(self.halves.primal, "forward graph")
+            else:
+                self._forward = self._compile(self.rewritten.joint, "joint graph")
         return self
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
@@ -130,7 +142,7 @@ class Step:
     def value(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Compute outputs and state updates, no gradients."""
         if self._value is None:
-            self._value = self._compile(self.rewritten.value_graph())
+            self._value = self._compile(self.rewritten.value_graph(), "value")
         with torch.no_grad():
             out = self._value(*inputs)
             self.update(inputs, out)
@@ -159,7 +171,7 @@ class Step:
         """Return the gradients from residuals and cotangents."""
         assert self.halves is not None
         if self._backward is None:
-            self._backward = self._compile(self.halves.tangent)
+            self._backward = self._compile(self.halves.tangent, "backward graph")
         return self._backward(*residuals, *(c.contiguous() for c in cotangents))
 
     def reached_from(self, cotangents: Sequence[Tensor | None]) -> set[int]:

@@ -17,8 +17,9 @@ from passes.levels import CannotBatch, Cotangent, Level
 from passes.simplify.zeros import zero_nodes
 from passes.tracing import AnySize
 from rewriter.batched import one_by_one
-from rewriter.codegen import Compiled, compile_graph
+from rewriter.codegen import Compiled
 from rewriter.options import Options
+from rewriter.start import code_for
 from rewriter.stateful import (
     is_inside_level,
     is_inside_transform,
@@ -42,14 +43,13 @@ class CompiledLevel:
         self._is_prepared = False
 
     def _compile(self, make: Callable[[], GraphModule]) -> Compiled:
-        options = self.options
         with set_aside():
             module = make()
             zeros = zero_nodes(module.graph)
             found = results(module.graph)
             self.zeros = frozenset(i for i, node in enumerate(found) if node in zeros)
             self._shares = shares_memory(module.graph)
-            return compile_graph(module, options.backend, options.mode, strict=options.strict)
+            return code_for(module, self.options, "a module's level")
 
     def value(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Return the outputs, nothing kept."""

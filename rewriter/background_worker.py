@@ -1,0 +1,49 @@
+"""The process behind `rewriter.background`: compiles the graphs that come in on standard input."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+from typing import BinaryIO
+
+from rewriter.codegen import fill_cache
+
+
+def _read(stream: BinaryIO, jobs: queue.Queue[bytes]) -> None:
+    """Take in jobs; when there can be no more, end even if one is being compiled: nobody waits."""
+    try:
+        while True:
+            jobs.put(pickle.load(stream))
+    except EOFError:
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)  # the C++ compilers too: the session is our own
+        os._exit(0)
+
+
+def _compiled(data: bytes) -> str:
+    """Compile a graph; return why that failed, or nothing."""
+    try:
+        fill_cache(data)
+    # Whatever a compiler raises is for the process that asked, which reports it.
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return ""
+
+
+def main() -> None:
+    """Answer each job with why it failed, or nothing."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what compilers print is no answer
+    jobs: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_read, args=(sys.stdin.buffer, jobs), daemon=True).start()
+    while True:
+        pickle.dump(_compiled(jobs.get()), answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

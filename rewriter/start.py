@@ -1,0 +1,167 @@
+"""Make code for a graph: at once, or in the background while the graph runs op by op."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from rewriter.background import queue
+from rewriter.codegen import Compiled, compile_graph, has_compiler, is_cache_on, packed
+from rewriter.errors import NestedGradientWarning, OptimizeNestedError
+from rewriter.options import Options
+from rewriter.progress import shown
+from rewriter.stateful import set_aside
+
+
+def code_for(
+    module: GraphModule,
+    options: Options,
+    what: str,
+    on_switch: Callable[[], object] = lambda: None,
+) -> Compiled:
+    """Return a function that computes what a functional ATen graph computes.
+
+    Args:
+        module: The graph; its placeholders hold fake tensors.
+        options: ``backend``, ``mode``, ``start`` and ``strict`` count.
+        what: What the graph is, for messages.
+        on_switch: Called when compiled code is there for the next call.
+    """
+    if options.start == "tiered" and options.backend == "inductor" and has_compiler(module):
+        if is_cache_on():
+            return Tiered(module, options, what, on_switch)
+        warnings.warn(
+            'optimize_nested: start="tiered" needs Inductor\'s cache on disk, which is switched '
+            "off, so the loss is compiled before its first step",
+            NestedGradientWarning,
+            stacklevel=2,
+        )
+    operators = sum(node.op == "call_function" for node in module.graph.nodes)
+    with shown(f"compiling {what}, {operators} operators"):
+        return compile_graph(module, options.backend, options.mode, strict=options.strict)
+
+
+class Tiered:
+    """A graph that runs op by op until its compiled code is there.
+
+    The draws from random generators are the same before and after; rounding is not.
+
+    Args:
+        module: The graph.
+        options: How it is to be compiled.
+        what: What it is, for messages.
+        on_switch: Called when compiled code is there for the next call.
+    """
+
+    def __init__(
+        self, module: GraphModule, options: Options, what: str, on_switch: Callable[[], object]
+    ) -> None:
+        self._module, self._options, self._what = module, options, what
+        self._on_switch = on_switch
+        self._run = compile_graph(module, "eager", options.mode, strict=options.strict)
+        self._calls, self._is_waiting = 0, True
+        self._seconds = 0.0
+        self._error = ""
+        self._switching = threading.Lock()
+        self._job = queue.submit(packed(module, options.mode))
+        _waiting.add(self)
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        run = self._run
+        if self._is_waiting:
+            self._calls += 1
+            if self._job.done.is_set():
+                self.switch()
+        return run(*inputs)
+
+    def switch(self) -> None:
+        """Let the next call run compiled code, now that the job is done.
+
+        Raises:
+            OptimizeNestedError: With ``strict``, if the compilation failed.
+        """
+        if not self._switching.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            if self._is_waiting:
+                self._load()
+        finally:
+            self._is_waiting = False
+            _waiting.discard(self)
+            self._switching.release()
+
+    def _load(self) -> None:
+        self._error = self._job.error
+        if not self._error:
+            try:
+                with set_aside():
+                    self._run = compile_graph(
+                        self._module, "inductor", self._options.mode, strict=True
+                    )
+            # Whatever Inductor raises, training goes on.
+            except Exception as error:
+                self._error = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self._seconds = time.perf_counter() - self._job.start
+        if not self._error:
+            self._on_switch()
+            return
+        said = f"Inductor fails on {self._what} in the background: {self._error}"
+        if self._options.strict:
+            self._run = functools.partial(_refuse, f"strict=True: {said}")
+            self._run()
+        warnings.warn(
+            f"optimize_nested: {said}; it goes on op by op", NestedGradientWarning, stacklevel=4
+        )
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait for the job; return whether it is done."""
+        return self._job.done.wait(seconds)
+
+    def __str__(self) -> str:
+        """Say which tier runs, and when the switch came."""
+        if self._is_waiting:
+            passed = time.perf_counter() - self._job.start
+            how = f"op by op, {self._calls} calls so far; being compiled for {passed:.1f} s"
+        elif self._error:
+            how = f"op by op: compiling failed, {self._error}"
+        else:
+            how = f"compiled, after {self._calls} calls op by op and {self._seconds:.1f} s"
+        return f"{self._what}: {how}"
+
+
+def _refuse(reason: str, *_: Any) -> Sequence[Any]:
+    raise OptimizeNestedError(reason)
+
+
+_waiting: weakref.WeakSet[Tiered] = weakref.WeakSet()
+
+
+def wait_until_compiled(timeout: float | None = None) -> bool:
+    """Wait for what is being compiled in the background: with ``start="tiered"``, the next call of
+    every loss and module that was called before runs compiled code.
+
+    Args:
+        timeout: Seconds to wait at most; None for no limit.
+
+    Returns:
+        False if the time was up before.
+
+    Raises:
+        OptimizeNestedError: With ``strict``, if a compilation failed.
+
+    >>> wait_until_compiled(timeout=60)
+    True
+    """
+    end = None if timeout is None else time.perf_counter() + timeout
+    for tiered in list(_waiting):
+        if not tiered.wait(None if end is None else max(end - time.perf_counter(), 0)):
+            return False
+        tiered.switch()
+    return True
