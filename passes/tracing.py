@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.vmap import restore_vmap
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -83,8 +84,9 @@ def trace_differentiable(
 def _functional(
     module: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, table: Callable[[], Any]
 ) -> GraphModule:
-    """Record a graph once more if decompositions wrote in place after functionalization."""
-    if not any(_writes(node) for node in module.graph.nodes):
+    """Record a graph once more if decompositions wrote in place after functionalization, unless
+    the writes are plain enough to be read out of the graph."""
+    if drop_writes(module):
         return module
     detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
 
@@ -93,6 +95,48 @@ def _functional(
             return Interpreter(module).run(*values)
 
     return _record(_without_writes(again), detached, mode, table())
+
+
+def drop_writes(module: GraphModule) -> bool:
+    """Let what a graph reads after ``a.copy_(b)`` read ``b``; return whether no write is left.
+
+    Only where ``a`` is a value that the graph computes, with the layout of ``b``, shares its memory
+    with nothing that was made before, and ``b`` is not written to.
+    """
+    order = {node: number for number, node in enumerate(module.graph.nodes)}
+    writes = [node for node in order if _writes(node)]
+    written = {node.args[0] for node in writes}
+    if len(written) < len(writes) or not all(_is_plain(node, written, order) for node in writes):
+        return False
+    for node in writes:
+        target, source = node.args[:2]
+        later = [user for user in target.users if order[user] > order[node]]
+        target.replace_all_uses_with(source, delete_user_cb=later.__contains__)
+        node.replace_all_uses_with(source)
+        module.graph.erase_node(node)
+    if writes:
+        module.recompile()
+    return True
+
+
+def _is_plain(write: Node, written: set[Any], order: dict[Node, int]) -> bool:
+    """Whether a write is a copy of a whole tensor to another one that nothing else looks at."""
+    if write.target is not torch.ops.aten.copy_.default:
+        return False
+    target, source = write.args[:2]
+    if not isinstance(source, Node) or source in written or not isinstance(target, Node):
+        return False
+    a, b = value_of(target), value_of(source)
+    layouts = [(x.dtype, x.device, str(x.shape), str(x.stride())) for x in (a, b)]
+    before = [user for user in target.users if order[user] < order[write]]
+    return layouts[0] == layouts[1] and all(map(_is_fresh, [target, *before]))
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether a node's value has memory of its own."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    return all(value.alias_info is None for value in node.target._schema.returns)
 
 
 def _without_writes(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,7 +37,7 @@ from rewriter.doctor import BAD, GOOD, WARNING, examine
 from rewriter.errors import OptimizeNestedError
 from rewriter.files import write_whole
 from rewriter.naming import named_tensors
-from rewriter.options import BACKENDS, CAPTURES, MODES
+from rewriter.options import BACKENDS, CAPTURES, MODES, STARTS
 from rewriter.report import Report
 from rewriter.target import Target, TargetError, find, find_target, make_arguments
 from rewriter.version import __version__
@@ -85,7 +85,7 @@ def on_loss(command: Callable[..., None]) -> Callable[..., None]:
         strict: bool,
         **arguments: Any,
     ) -> None:
-        names = ("backend", "mode", "dynamic", "capture")
+        names = ("backend", "mode", "start", "dynamic", "capture")
         wishes = {name: arguments.pop(name) for name in names}
         wishes |= {"strategy": _strategies(strategy), "strict": strict or None}
         torch.manual_seed(seed)
@@ -98,6 +98,7 @@ def on_loss(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", default=0, show_default=True, help="Of PyTorch's generators."),
         click.option("--backend", type=click.Choice(BACKENDS), help="What runs the graph."),
         click.option("--mode", type=click.Choice(MODES), help="A mode of Inductor."),
+        click.option("--start", type=click.Choice(STARTS), help="What runs the first steps."),
         click.option("--dynamic/--no-dynamic", default=None, help="Symbolic sizes, or none."),
         click.option(
             "--strategy",

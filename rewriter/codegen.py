@@ -178,6 +178,10 @@ class Settings:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.folder
 
 
+class CannotPack(Exception):
+    """A graph cannot be compiled in another process; says why."""
+
+
 def packed(module: GraphModule, mode: str) -> bytes:
     """Return a graph and the settings of this process, for `fill_cache` in another one.
 
@@ -186,8 +190,11 @@ def packed(module: GraphModule, mode: str) -> bytes:
         mode: A mode of Inductor.
 
     Raises:
-        OptimizeNestedError: The graph holds something that cannot go to another process.
+        CannotPack: The graph holds something that cannot go to another process, or Inductor keeps
+            no code on disk.
     """
+    if not inductor_config.fx_graph_cache or inductor_config.force_disable_caches:
+        raise CannotPack("Inductor's cache on disk is switched off")
     module = copy_graph(module)
     module.meta.clear()
     for node in module.graph.nodes:
@@ -196,9 +203,8 @@ def packed(module: GraphModule, mode: str) -> bytes:
         graph = GraphPickler.dumps(module, PicklerOptions(ops_filter=None))
         return pickle.dumps((graph, Settings.now(mode)))
     except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OptimizeNestedError(
-            f"the graph or the settings cannot go to another process: {text}"
+        raise CannotPack(
+            f"the graph or Inductor's settings cannot be pickled: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -210,11 +216,6 @@ def fill_cache(data: bytes) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     module: Any = GraphPickler.loads(graph, mode)
     compile_graph(module, "inductor", settings.mode, strict=True)
-
-
-def is_cache_on() -> bool:
-    """Whether Inductor keeps compiled code on disk."""
-    return inductor_config.fx_graph_cache and not inductor_config.force_disable_caches
 
 
 def package_graph(module: GraphModule, mode: str) -> bytes:

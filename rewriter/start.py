@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from rewriter.background import queue
-from rewriter.codegen import Compiled, compile_graph, has_compiler, is_cache_on, packed
+from rewriter.codegen import CannotPack, Compiled, compile_graph, has_compiler, packed
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.options import Options
 from rewriter.progress import shown
@@ -35,14 +35,15 @@ def code_for(
         on_switch: Called when compiled code is there for the next call.
     """
     if options.start == "tiered" and options.backend == "inductor" and has_compiler(module):
-        if is_cache_on():
+        try:
             return Tiered(module, options, what, on_switch)
-        warnings.warn(
-            'optimize_nested: start="tiered" needs Inductor\'s cache on disk, which is switched '
-            "off, so the loss is compiled before its first step",
-            NestedGradientWarning,
-            stacklevel=2,
-        )
+        except CannotPack as error:
+            warnings.warn(
+                f'optimize_nested: start="tiered" cannot be had for {what}, which is compiled '
+                f"before its first step: {error}",
+                NestedGradientWarning,
+                stacklevel=2,
+            )
     operators = sum(node.op == "call_function" for node in module.graph.nodes)
     with shown(f"compiling {what}, {operators} operators"):
         return compile_graph(module, options.backend, options.mode, strict=options.strict)

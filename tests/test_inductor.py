@@ -127,3 +127,23 @@ def test_tower() -> None:
     for size in (5, 7):
         x = torch.randn(size, 3, dtype=torch.float64, requires_grad=True)
         assert_same(outcome(loss, [fast], (x,), {}), outcome(loss, [net], (x,), {}))
+
+
+def test_autocast_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casts are in the graph: what a loss computes in float32 under autocast is compiled so."""
+    seen: list[bool] = []
+
+    def compile_fx(module: torch.fx.GraphModule, *_: object, **__: object) -> object:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return module.forward
+
+    monkeypatch.setattr("rewriter.codegen.compile_fx", compile_fx)
+
+    def in_full(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return everything(net, x)
+
+    net, x = mlp(nn.Tanh, 3, 6, 2).float(), torch.randn(5, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimize_nested(in_full, strict=True)(net, x)
+    assert seen == [False]
