@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,6 +128,8 @@ class Settings:
         precision: Of float32 matrix products.
         reduced: Whether CUDA's products may accumulate in float16 and in bfloat16.
         folder: Where Inductor keeps compiled code.
+        finder: The module through which pickle finds a name of PyTorch's: the first one that has
+            imported it. By that accident it is a part of Inductor's keys.
     """
 
     mode: str
@@ -137,6 +141,7 @@ class Settings:
     precision: str
     reduced: tuple[Any, Any]
     folder: str
+    finder: str
 
     @classmethod
     def now(cls, mode: str) -> Settings:
@@ -158,6 +163,7 @@ class Settings:
                 matmul.allow_bf16_reduced_precision_reduction,
             ),
             folder=cache_dir(),
+            finder=_finder(),
         )
 
     def apply(self) -> None:
@@ -176,6 +182,18 @@ class Settings:
             matmul.allow_bf16_reduced_precision_reduction,
         ) = self.reduced
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.folder
+        if _finder() != self.finder:
+            known = dict(sys.modules)
+            stand_in: Any = types.ModuleType(self.finder)
+            stand_in.torch = torch
+            sys.modules.clear()
+            sys.modules[self.finder] = stand_in  # before all others
+            sys.modules.update(known)
+
+
+def _finder() -> str:
+    module = pickle.whichmodule(torch.contiguous_format, "torch.contiguous_format")  # pyright: ignore[reportAttributeAccessIssue]
+    return str(module)
 
 
 class CannotPack(Exception):
