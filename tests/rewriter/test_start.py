@@ -241,10 +241,12 @@ def test_interpreter_exit_does_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.inductor
-def test_another_process_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_process_compiles() -> None:
     """For real, under autocast and with a draw: found on disk, nothing is compiled here."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    net, x = example()
+    net, _ = example()
+    rows = 5 + int(time.time()) % 9973  # no earlier run has left code for so many
+    x = torch.randn(rows, 2, dtype=torch.float64)
     loss = optimize_nested(penalty, start="tiered", strict=True)
     with torch.autocast("cpu"):
         same_as_written(loss, net, x)
