@@ -29,7 +29,7 @@ def one_by_one(function: Callable[..., Sequence[Any]], cotangents: Sequence[Tens
     Returns:
         What it returned, batched as the cotangents are.
     """
-    if not any(map(_is_batched, cotangents)):
+    if not any(map(is_batched, cotangents)):
         return list(function(*cotangents))
     level = next(i for i in range(1, _MAX_LEVELS) if any(_size(c, i) for c in cotangents))
     size = next(size for c in cotangents if (size := _size(c, level)))
@@ -43,13 +43,14 @@ def one_by_one(function: Callable[..., Sequence[Any]], cotangents: Sequence[Tens
     ]
 
 
-def _is_batched(x: Tensor) -> bool:
+def is_batched(x: Tensor) -> bool:
+    """Whether a tensor is a batch that only the dispatcher sees."""
     return _C.is_legacy_batchedtensor(x)
 
 
 def _size(x: Tensor, level: int) -> int:
     """Return the size of a tensor's batch at a level, 0 if it is not batched there."""
-    if not _is_batched(x):
+    if not is_batched(x):
         return 0
     return torch._remove_batch_dim(x, level, 0, 0).shape[0]
 

@@ -23,7 +23,7 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
+from rewriter.guarded import Guarded
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -485,17 +486,24 @@ def compile_function(
             raise CaptureError("a new specialisation outside of a capture")
         return backend(captured, inputs)
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"options": {"guard_filter_fn": _kept_guards}}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = MAX_SPECIALISATIONS
     own = _own_code(function)
-    return torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
+    compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
+    return Guarded(own, compiled)
+
+
+def _kept_guards(guards: Sequence[Any]) -> list[bool]:
+    """Drop the one guard that what we build does not depend on: which hooks on saved tensors are in
+    force. It is Python, and would cost a call of a small network as much as ten others."""
+    return [guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" for guard in guards]
 
 
 _numbers = itertools.count()
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_code(function: Callable[..., Any]) -> types.FunctionType:
     """Return the function with a code object of its own.
 
     Dynamo keeps its specialisations with the code. Functions that share it (closures of one

@@ -93,9 +93,10 @@ class Specialising(ABC):
         # the first question.
         if torch.compiler.is_compiling() or not self.is_on or is_transformed():
             return self.as_written(*args, **kwargs)
-        refusal = self.refusal_of(args, kwargs)
-        if refusal is not None:
-            return self._run_uncaptured(refusal, args, kwargs)
+        if self._refused:
+            refusal = self.refusal_of(args, kwargs)
+            if refusal is not None:
+                return self._run_uncaptured(refusal, args, kwargs)
         try:
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 return self._captured_call(args, kwargs)

@@ -145,6 +145,11 @@ def is_wrapped(x: Any) -> bool:
     return isinstance(x, Tensor) and _C.is_functorch_wrapped_tensor(x)
 
 
+def any_wrapped(tensors: Sequence[Tensor]) -> bool:
+    """Whether a transform has wrapped one of these tensors."""
+    return any(map(_C.is_functorch_wrapped_tensor, tensors))
+
+
 def write_outside(name: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Call the in-place method ``name`` of ``x`` outside of every transform; return a zero."""
     if any(isinstance(item, Tensor) and _is_batched(item) for item in arguments):

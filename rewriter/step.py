@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,18 +13,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.graph import is_random, needs, placeholders, results
+from passes.graph import is_random, needs, placeholders, results, value_of
 from passes.linearize import Linearization, split
-from rewriter.batched import one_by_one
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
+from rewriter.gradients import (
+    hand_out,
+    keep_residuals,
+    mark_constant,
+    own_tensors,
+    owned,
+    pulled_back,
+)
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
 from rewriter.start import Tiered, code_for
-from rewriter.stateful import levels_restored
+from rewriter.stateful import any_wrapped, levels_restored, unwrap_dead
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
 value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
@@ -65,6 +73,10 @@ class Step:
             n_inputs = len(placeholders(rewritten.derivative.graph))
             late = placeholders(rewritten.joint.graph)[n_inputs:]
             self.halves = split(rewritten.joint, late, self.n_early)
+        inputs = placeholders(rewritten.derivative.graph)
+        tensors = [i for i, x in enumerate(inputs) if isinstance(value_of(x), Tensor)]
+        self._hollow, self._promoted = rewritten.as_written.hollow, rewritten.flat.promoted
+        self.tensors, self._wanted = _picker(tensors), _picker(roles.wanted)
         self._forward: Compiled | None = None
         self._backward: Compiled | None = None
         self._value: Compiled | None = None
@@ -99,7 +111,7 @@ class Step:
             raise Explained(self.rewritten, inputs)
         while self._warnings:
             warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
-        for position in self.rewritten.flat.promoted:
+        for position in self._promoted:
             inputs[position].requires_grad_()  # as the loss as written does
         if self._unmeasured and not value_only.get():
             self._unmeasured = False
@@ -131,11 +143,14 @@ class Step:
     def _run(self, *inputs: Any) -> Sequence[Any]:
         if value_only.get():
             return self.value(inputs)
-        if self.roles.differentiable:
-            outputs: Any = _StepFunction.apply(self, *inputs)
+        if not self.roles.differentiable:
+            outputs: Any = self.value(inputs)
+        elif torch._C._are_functorch_transforms_active() or any_wrapped(self.tensors(inputs)):
+            inputs = tuple(unwrap_dead(inputs))
+            outputs = _StepFunction.apply(self, inputs, *self._wanted(inputs))
         else:
-            outputs = self.value(inputs)
-        for position in self.rewritten.as_written.hollow:
+            outputs = _apply(self, inputs, *self._wanted(inputs))
+        for position in self._hollow:
             outputs[position].requires_grad_()
         return outputs
 
@@ -148,10 +163,11 @@ class Step:
             self.update(inputs, out)
         return own_tensors(out[: self.roles.n_outputs], inputs)
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    def forward(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[Any]]:
         """Return the outputs, and the gradients or the residuals they need."""
         out = self._computed(inputs)
-        self.update(inputs, out)
+        if self.roles.updated:
+            self.update(inputs, out)
         return own_tensors(out[: self.roles.n_outputs], inputs), out[self.n_early :]
 
     def _computed(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -174,111 +190,62 @@ class Step:
             self._backward = self._compile(self.halves.tangent, "backward graph")
         return self._backward(*residuals, *(c.contiguous() for c in cotangents))
 
-    def reached_from(self, cotangents: Sequence[Tensor | None]) -> set[int]:
-        """Return the inputs that eager gives a gradient when these outputs are differentiated."""
-        reached = self.rewritten.as_written.reached
-        return {i for end in reached if cotangents[end] is not None for i in reached[end]}
+    def reached_from(self, cotangents: Sequence[Tensor | None]) -> set[int] | None:
+        """Return the inputs that eager gives a gradient when these outputs are differentiated; None
+        if these are all outputs, and the graph knows."""
+        given = [end for end in self.roles.differentiable if cotangents[end] is not None]
+        if len(given) == len(self.roles.differentiable):
+            return None
+        return {i for end in given for i in self.rewritten.as_written.reached[end]}
 
 
-def own_tensors(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Give the caller tensors that share no memory with the inputs' by accident of
-    simplification."""
-    seen = {id(x) for x in inputs}
-    result = []
-    for value in outputs:
-        taken = isinstance(value, Tensor) and (id(value) in seen or value._is_view())
-        seen.add(id(value))
-        result.append(value.clone() if taken else value)
-    return tuple(result)
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return what takes the values at these positions, at little cost for a call."""
+    if len(positions) < 2:
+        return lambda values: [values[i] for i in positions]
+    return operator.itemgetter(*positions)
 
 
 class _StepFunction(torch.autograd.Function):
     """Hand out gradients that the step has already computed."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, step: Step, inputs: Sequence[Any], *wanted: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.set_materialize_grads(False)
         ctx.step, ctx.inputs = step, inputs
-        ctx.versions = [x._version if isinstance(x, Tensor) else None for x in inputs]
         ctx.generator = Generators.now() if step.is_random else None
         outputs, rest = step.forward(inputs)
-        for position in step.roles.updated:
-            ctx.versions[position] = inputs[position]._version
-        keep(ctx, outputs, rest, step.roles.differentiable)
-        return tuple(outputs)
+        ctx.versions = list(map(_version, step.tensors(inputs)))
+        differentiable = step.roles.differentiable
+        if step.halves is None:
+            ctx.gradients = owned(rest)
+        else:
+            keep_residuals(ctx, rest, [outputs[i] for i in differentiable])
+        mark_constant(ctx, outputs, differentiable)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         step: Step = ctx.step
         if torch.is_grad_enabled():
-            return (None, *_differentiate_as_written(ctx, cotangents))
-        pull_back = None if step.halves is None else step.pull_back
-        grads = handed_out(ctx, cotangents, pull_back)
+            return (None, None, *_differentiate_as_written(ctx, cotangents))
+        given = [cotangents[i] for i in step.roles.differentiable]
+        if step.halves is None:
+            return (None, None, *hand_out(ctx, given[0]))
+        grads = pulled_back(ctx, given, step.pull_back)
         reached = step.reached_from(cotangents)
-        by_input = dict(zip(step.roles.wanted, grads, strict=True))
-        return (None, *(by_input[i] if i in reached else None for i in range(len(ctx.inputs))))
+        if reached is not None:
+            pairs = zip(step.roles.wanted, grads, strict=True)
+            grads = [grad if i in reached else None for i, grad in pairs]
+        return (None, None, *grads)
 
 
-def keep(
-    ctx: Any, outputs: Sequence[Any], rest: Sequence[Any], differentiable: Sequence[int]
-) -> None:
-    """Keep for the backward pass what a step has computed for it.
-
-    Args:
-        ctx: The context of the step's `torch.autograd.Function`.
-        outputs: What the step returns.
-        rest: The gradients, or the residuals that they need.
-        differentiable: Positions of the outputs that have a gradient.
-    """
-    ctx.present = [isinstance(value, Tensor) for value in rest]
-    ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
-    ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
-    ctx.like = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in differentiable}
-    ctx.mark_non_differentiable(
-        *(u for i, u in enumerate(outputs) if i not in differentiable and isinstance(u, Tensor))
-    )
+# What `_StepFunction.apply` comes to outside of transforms, without its look at each argument.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _StepFunction).apply  # pyright: ignore[reportAttributeAccessIssue]
+_version = operator.attrgetter("_version")
 
 
-def handed_out(
-    ctx: Any,
-    cotangents: Sequence[Tensor | None],
-    pull_back: Callable[[list[Any], Sequence[Tensor]], Sequence[Any]] | None,
-) -> Sequence[Any]:
-    """Return the gradients that belong to cotangents, from what `keep` has kept.
-
-    Args:
-        ctx: The context.
-        cotangents: One for each output; None for zero.
-        pull_back: Computes gradients from residuals and cotangents; None if what was kept are the
-            gradients of one scalar.
-    """
-    saved = iter(ctx.saved_tensors)
-    rest = [
-        next(saved) if present else plain
-        for present, plain in zip(ctx.present, ctx.plain, strict=True)
-    ]
-    given = [cotangents[i] for i in ctx.like]
-    if pull_back is None:
-        if given[0] is None:
-            return [None] * len(rest)
-        return one_by_one(lambda c: scaled(rest, c), [given[0]])
-    full = [
-        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-        for g, (shape, dtype, device) in zip(given, ctx.like.values(), strict=True)
-    ]
-    return one_by_one(lambda *c: pull_back(rest, c), full)
-
-
-def scaled(grads: Sequence[Tensor | None], cotangent: Tensor) -> list[Tensor | None]:
-    """Multiply every gradient by the loss's cotangent, into new tensors: the caller may keep and
-    change them."""
-    factor = cotangent.reshape(())
-    there = [g for g in grads if g is not None]
-    scaled = iter(torch._foreach_mul(there, factor) if there else ())
-    return [None if g is None else next(scaled) for g in grads]
-
-
-def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Any]:
+def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Any]:
     """Gradients that can be differentiated once more (`create_graph=True`): run the loss as written
     again, under autograd.
 
@@ -286,8 +253,8 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
         OptimizeNestedError: Something the loss reads was changed since.
     """
     step: Step = ctx.step
-    for x, version in zip(ctx.inputs, ctx.versions, strict=True):
-        if isinstance(x, Tensor) and x._version != version:
+    for x, version in zip(step.tensors(ctx.inputs), ctx.versions, strict=True):
+        if x._version != version:
             raise OptimizeNestedError(
                 f"create_graph=True: a tensor of shape {tuple(x.shape)} that the loss reads was "
                 "changed in place after the loss was computed; compute the loss again before "
@@ -314,8 +281,7 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
         create_graph=True,
         allow_unused=True,
     )
-    by_input = dict(zip(step.roles.wanted, grads, strict=True))
-    return [by_input.get(i) for i in range(len(inputs))]
+    return grads
 
 
 def _reads_updated_state(step: Step) -> bool:

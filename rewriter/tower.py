@@ -18,6 +18,7 @@ from passes.simplify.zeros import zero_nodes
 from passes.tracing import AnySize
 from rewriter.batched import one_by_one
 from rewriter.codegen import Compiled
+from rewriter.gradients import own_tensors
 from rewriter.options import Options
 from rewriter.start import code_for
 from rewriter.stateful import (
@@ -26,7 +27,6 @@ from rewriter.stateful import (
     set_aside,
     unwrap_dead,
 )
-from rewriter.step import own_tensors
 
 
 class CompiledLevel:

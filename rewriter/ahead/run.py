@@ -13,7 +13,14 @@ from rewriter.ahead.manifest import GraphFile, Input, Program
 from rewriter.ahead.sizes import evaluated
 from rewriter.ahead.structure import leaves_in, rebuild
 from rewriter.errors import OptimizeNestedError
-from rewriter.step import handed_out, keep, own_tensors
+from rewriter.gradients import (
+    hand_out,
+    keep_residuals,
+    mark_constant,
+    own_tensors,
+    owned,
+    pulled_back,
+)
 
 Graphs = Callable[[str], Callable[..., Sequence[Any]]]
 
@@ -167,7 +174,12 @@ class _Gradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.runner, ctx.sizes = runner, sizes
         outputs, rest = runner.step(inputs, sizes)
-        keep(ctx, outputs, rest, runner.program.differentiable)
+        differentiable = runner.program.differentiable
+        if runner.program.pullback is None:
+            ctx.gradients = owned(rest)
+        else:
+            keep_residuals(ctx, rest, [outputs[i] for i in differentiable])
+        mark_constant(ctx, outputs, differentiable)
         return tuple(outputs)
 
     @staticmethod
@@ -180,8 +192,11 @@ class _Gradients(torch.autograd.Function):
         runner: Runner = ctx.runner
         program = runner.program
         sizes = ctx.sizes
-        pull_back = lambda rest, c: runner.pull_back(rest, c, sizes)  # noqa: E731
-        grads = handed_out(ctx, cotangents, pull_back if program.pullback is not None else None)
+        given = [cotangents[i] for i in program.differentiable]
+        if program.pullback is None:
+            grads = hand_out(ctx, given[0])
+        else:
+            grads = pulled_back(ctx, given, lambda rest, c: runner.pull_back(rest, c, sizes))
         ends = [str(i) for i, c in enumerate(cotangents) if c is not None]
         reached = {i for end in ends for i in program.reached.get(end, ())}
         by_input = dict(zip(program.wanted, grads, strict=True))
