@@ -430,6 +430,9 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             "reorderable_logging_functions": {print, warnings.warn},
             "skip_nnmodule_hook_guards": False,  # a hook may come after the capture
         }
+        if hasattr(dynamo_config, "record_runtime_overhead"):
+            # Marks for profilers, around nothing: twelve calls of Python in each call of ours.
+            settings["record_runtime_overhead"] = False
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_quiet())
         stack.enter_context(replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
@@ -608,6 +611,11 @@ def example_of(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
+def is_parameter(placeholder: Node) -> bool:
+    """Whether a captured graph's input is a parameter of a module."""
+    return isinstance(example_of(placeholder), torch.nn.Parameter)
+
+
 def source_name(placeholder: Node) -> str:
     """Return where a captured graph's input comes from, as an expression over the function's locals
     and globals."""
@@ -624,4 +632,9 @@ def is_traced() -> bool:
 def is_transformed() -> bool:
     """Whether a transform, a dual level, another compilation or a dispatch mode is open around this
     call."""
-    return is_traced() or is_inside_level()
+    return torch.compiler.is_compiling() or is_observed()
+
+
+def is_observed() -> bool:
+    """Whether a transform, a dual level or a dispatch mode is open around this call."""
+    return torch._C._len_torch_dispatch_stack() > 0 or is_inside_level()

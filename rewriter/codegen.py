@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import sys
@@ -21,7 +22,7 @@ from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext, tracing
 from torch._inductor import aoti_compile_and_package, list_mode_options
 from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -38,9 +39,12 @@ from rewriter.capture import replaced
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 
 Compiled = Callable[..., Sequence[Any]]
+_ALIGNMENT = 16  # bytes
 
 
-def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool) -> Compiled:
+def compile_graph(
+    module: GraphModule, backend: str, mode: str, *, strict: bool, static: Sequence[int] = ()
+) -> Compiled:
     """Return a function that computes what a functional ATen graph computes.
 
     Args:
@@ -48,6 +52,8 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
         backend: ``"eager"`` runs the graph op by op, ``"inductor"`` compiles it.
         mode: A mode of Inductor.
         strict: Let Inductor's own errors pass, instead of running the graph op by op.
+        static: Positions of inputs that are mostly the same memory at each call, parameters: where
+            CUDA graphs are replayed, the others are copied to where the graph reads them.
     """
     if backend == "eager":
         return _op_by_op(module)
@@ -66,6 +72,9 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
     # The generator must end where eager leaves it, so draws are eager's own.
     draws = any(is_random(node) for node in module.graph.nodes)
     settings = {**list_mode_options(mode), "fallback_random": draws}
+    is_replayed = settings.get("triton.cudagraphs", False) and _is_on_cuda(examples)
+    static = static if is_replayed else ()
+    inner = functools.partial(_compile_with_static, tuple(static)) if static else compile_fx_inner
     with (
         tracing(TracingContext(fake_mode_of(examples))),
         torch.no_grad(),
@@ -73,7 +82,9 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
         _floats_left_alone(),
     ):
         try:
-            compiled: Any = compile_fx(module, examples, config_patches=settings)
+            compiled: Any = compile_fx(module, examples, inner, config_patches=settings)
+            if is_replayed:
+                compiled = _replayed(compiled, static)
             if not sizes:
                 return compiled
             return lambda *inputs: compiled(*inputs, *(inputs[i].shape[d] for i, d in sizes))
@@ -87,6 +98,40 @@ def compile_graph(module: GraphModule, backend: str, mode: str, *, strict: bool)
                 stacklevel=2,
             )
             return _op_by_op(module)
+
+
+def _is_on_cuda(examples: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.is_cuda for x in examples)
+
+
+def _compile_with_static(static: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+    """Compile a graph some of whose inputs CUDA graphs may read where they are; those that have
+    moved since are noticed, and the graph is recorded again."""
+    return compile_fx_inner(*args, **{**kwargs, "static_input_idxs": list(static)})
+
+
+def _replayed(compiled: Compiled, static: Sequence[int]) -> Compiled:
+    """Guard what CUDA graphs leave to their caller.
+
+    Results are copied: the next replay, which may come before ``backward()`` or while the caller
+    still has an older loss, writes to the same memory. A static input that is not aligned is copied
+    too: Inductor takes for granted that those are.
+    """
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        moved = [i for i in static if inputs[i].data_ptr() % _ALIGNMENT]
+        inputs = tuple(x.clone() if i in moved else x for i, x in enumerate(inputs))
+        given = set(map(id, inputs))
+        found = list(compiled(*inputs))
+        places = [i for i, x in enumerate(found) if isinstance(x, Tensor) and id(x) not in given]
+        own = [torch.empty_like(found[i]) for i in places]
+        if own:
+            torch._foreach_copy_(own, [found[i] for i in places])
+        for i, x in zip(places, own, strict=True):
+            found[i] = x
+        return found
+
+    return run
 
 
 def _with_sizes(module: GraphModule) -> tuple[GraphModule, list[tuple[int, int]]]:

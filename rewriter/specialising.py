@@ -22,7 +22,7 @@ from rewriter.capture import (
     compile_function,
     forget,
     is_dynamos_own,
-    is_transformed,
+    is_observed,
     refuse_no_grad_in_transforms,
 )
 from rewriter.errors import (
@@ -91,7 +91,7 @@ class Specialising(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In this order: inside of another capture Dynamo traces this line, and knows the answer to
         # the first question.
-        if torch.compiler.is_compiling() or not self.is_on or is_transformed():
+        if torch.compiler.is_compiling() or not self.is_on or is_observed():
             return self.as_written(*args, **kwargs)
         if self._refused:
             refusal = self.refusal_of(args, kwargs)

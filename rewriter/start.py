@@ -25,6 +25,7 @@ def code_for(
     options: Options,
     what: str,
     on_switch: Callable[[], object] = lambda: None,
+    static: Sequence[int] = (),
 ) -> Compiled:
     """Return a function that computes what a functional ATen graph computes.
 
@@ -33,10 +34,14 @@ def code_for(
         options: ``backend``, ``mode``, ``start`` and ``strict`` count.
         what: What the graph is, for messages.
         on_switch: Called when compiled code is there for the next call.
+        static: See `rewriter.codegen.compile_graph`.
     """
+    make = functools.partial(
+        compile_graph, module, options.backend, options.mode, static=static
+    )
     if options.start == "tiered" and options.backend == "inductor" and has_compiler(module):
         try:
-            return Tiered(module, options, what, on_switch)
+            return Tiered(module, options, what, make, on_switch)
         except CannotPack as error:
             warnings.warn(
                 f'optimize_nested: start="tiered" cannot be had for {what}, which is compiled '
@@ -46,7 +51,7 @@ def code_for(
             )
     operators = sum(node.op == "call_function" for node in module.graph.nodes)
     with shown(f"compiling {what}, {operators} operators"):
-        return compile_graph(module, options.backend, options.mode, strict=options.strict)
+        return make(strict=options.strict)
 
 
 class Tiered:
@@ -58,14 +63,20 @@ class Tiered:
         module: The graph.
         options: How it is to be compiled.
         what: What it is, for messages.
+        make: Compiles it here, or finds its code on disk.
         on_switch: Called when compiled code is there for the next call.
     """
 
     def __init__(
-        self, module: GraphModule, options: Options, what: str, on_switch: Callable[[], object]
+        self,
+        module: GraphModule,
+        options: Options,
+        what: str,
+        make: Callable[..., Compiled],
+        on_switch: Callable[[], object],
     ) -> None:
-        self._module, self._options, self._what = module, options, what
-        self._on_switch = on_switch
+        self._options, self._what = options, what
+        self._make, self._on_switch = make, on_switch
         self._run = compile_graph(module, "eager", options.mode, strict=options.strict)
         self._calls, self._is_waiting = 0, True
         self._seconds = 0.0
@@ -103,9 +114,7 @@ class Tiered:
         if not self._error:
             try:
                 with set_aside():
-                    self._run = compile_graph(
-                        self._module, "inductor", self._options.mode, strict=True
-                    )
+                    self._run = self._make(strict=True)
             # Whatever Inductor raises, training goes on.
             except Exception as error:
                 self._error = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import is_random, needs, placeholders, results, value_of
 from passes.linearize import Linearization, split
+from rewriter.capture import is_parameter
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
@@ -75,6 +76,8 @@ class Step:
             self.halves = split(rewritten.joint, late, self.n_early)
         inputs = placeholders(rewritten.derivative.graph)
         tensors = [i for i, x in enumerate(inputs) if isinstance(value_of(x), Tensor)]
+        captured = placeholders(rewritten.captured.graph)
+        self._parameters = [i for i, x in enumerate(captured) if is_parameter(x)]
         self._hollow, self._promoted = rewritten.as_written.hollow, rewritten.flat.promoted
         self.tensors, self._wanted = _picker(tensors), _picker(roles.wanted)
         self._forward: Compiled | None = None
@@ -84,9 +87,9 @@ class Step:
         self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
         self._warnings = list(rewritten.detached)
 
-    def _compile(self, module: GraphModule, part: str) -> Compiled:
+    def _compile(self, module: GraphModule, part: str, static: Sequence[int] = ()) -> Compiled:
         name = self.rewritten.function or "the loss"
-        return code_for(module, self.options, f"{name} ({part})", self._check_next)
+        return code_for(module, self.options, f"{name} ({part})", self._check_next, static)
 
     def _check_next(self) -> None:
         self._unchecked = self.options.check
@@ -101,9 +104,10 @@ class Step:
         """Compile what every call needs; return self."""
         if self.roles.differentiable:
             if self.halves:
-                self._forward = self._compile(self.halves.primal, "forward graph")
+                graph, part = self.halves.primal, "forward graph"
             else:
-                self._forward = self._compile(self.rewritten.joint, "joint graph")
+                graph, part = self.rewritten.joint, "joint graph"
+            self._forward = self._compile(graph, part, self._parameters)
         return self
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
@@ -157,7 +161,7 @@ class Step:
     def value(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Compute outputs and state updates, no gradients."""
         if self._value is None:
-            self._value = self._compile(self.rewritten.value_graph(), "value")
+            self._value = self._compile(self.rewritten.value_graph(), "value", self._parameters)
         with torch.no_grad():
             out = self._value(*inputs)
             self.update(inputs, out)
