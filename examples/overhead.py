@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rewriter import optimize_nested
 from rewriter.bench import compiled_as_written
 from rewriter.codegen import compile_graph
+from rewriter.options import BACKENDS
 
 
 def penalty(net: nn.Module, x: Tensor) -> Tensor:
@@ -54,13 +55,16 @@ class HandedOut(torch.autograd.Function):
         return (None, None, *ctx.saved_tensors)
 
 
-def ways(net: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+def ways(net: nn.Module, x: Tensor, backend: str) -> dict[str, Callable[[], object]]:
     """Return the ways to take a step, and parts of ours; each is compiled."""
-    ours, compiled = optimize_nested(penalty), compiled_as_written(penalty)
+    ours, compiled = (
+        optimize_nested(penalty, backend=backend),
+        compiled_as_written(penalty, backend),
+    )
     inputs = ours.inputs_of(net, x)
     ours(net, x).backward()
     (step,) = ours.steps
-    graph = compile_graph(step.rewritten.joint, "inductor", "default", strict=True)
+    graph = compile_graph(step.rewritten.joint, backend, "default", strict=True)
     wanted = [inputs[i] for i in step.roles.wanted]
 
     def bare() -> object:
@@ -130,11 +134,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", default="inductor", choices=BACKENDS)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     net, x = network(), torch.randn(128, 2, requires_grad=True)
-    for table in report(measured(ways(net, x), net, x, given.rounds)):
+    for table in report(measured(ways(net, x, given.backend), net, x, given.rounds)):
         Console().print(table)
 
 

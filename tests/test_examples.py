@@ -28,6 +28,7 @@ import digits
 import flow
 import layers
 import maml
+import overhead
 import poisson
 import sharpness
 import side_by_side
@@ -312,3 +313,11 @@ def test_a_refusal_stands_in_the_place_of_a_time(capsys) -> None:
     assert "refused did not run: RuntimeError: cannot trace this" in printed
     assert "much more" not in printed
     assert contenders[1].seconds == []
+
+
+def test_overhead_tells_the_pieces_apart(capsys) -> None:
+    threads = str(torch.get_num_threads())
+    overhead.main(["--rounds", "2", "--backend", "eager", "--threads", threads])
+    printed = capsys.readouterr().out
+    for row in ("bare graph", "least", "ours", "eager", "guards and call", "backward()"):
+        assert row in printed
