@@ -1,7 +1,8 @@
 """Time one loss evaluated in several ways, side by side.
 
-A step is the loss and its backward pass, without the optimizer. The ways take turns (A B C, A B C,
-…) in one run, so that a machine that slows down or speeds up does so for all of them alike.
+A step is the loss and its backward pass, or the loss alone; never the optimizer. The ways take
+turns (A B C, A B C, …) in one run, so that a machine that slows down or speeds up does so for all
+of them alike.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from rewriter.peak_memory import peak_bytes
+
 Loss = Callable[..., Tensor]
 
 
@@ -30,22 +33,32 @@ class Contender:
         name: What it is called in a table.
         loss: The way.
         inputs: Tensors whose gradients a step fills, in the same order for every contender.
+        backward: Whether a step has a backward pass.
         flops: Matmul and convolution FLOPs of a step, if they are known.
         first_seconds: The first step, which compiles.
         seconds: The timed steps.
+        value: The loss of the first step.
         gradients: Those of the first step, one after the other.
-        peak_bytes: The most memory that a step had allocated at once on the GPU; None without one.
+        peak_bytes: The most memory that a step had allocated at once, gradients included; None
+            where it was not measured.
         refusal: The error of the first step, if it failed; then nothing else is there.
     """
 
-    def __init__(self, name: str, loss: Loss, inputs: Iterable[Tensor]) -> None:
-        self.name, self.loss, self.inputs = name, loss, list(inputs)
+    def __init__(
+        self, name: str, loss: Loss, inputs: Iterable[Tensor], *, backward: bool = True
+    ) -> None:
+        self.name, self.loss, self.inputs, self.backward = name, loss, list(inputs), backward
         self.flops: float | None = None
         self.first_seconds = float("nan")
         self.seconds: list[float] = []
-        self.gradients = torch.empty(0)
+        self.value = self.gradients = torch.empty(0)
         self.peak_bytes: int | None = None
         self.refusal = ""
+
+    @property
+    def minimum(self) -> float:
+        """Seconds, the shortest of the timed steps."""
+        return min(self.seconds)
 
     @property
     def median(self) -> float:
@@ -59,44 +72,70 @@ class Contender:
         return statistics.median(theirs / own for theirs, own in pairs)
 
     def distance(self, reference: Contender) -> float:
-        """Return the relative distance of the gradients from the reference's."""
-        difference, size = self.gradients - reference.gradients, reference.gradients.norm()
-        return float(difference.norm() / size if size else difference.norm())
+        """Return the relative distance of the value or of the gradients from the reference's,
+        whichever is larger."""
+        return max(
+            _distance(self.value, reference.value), _distance(self.gradients, reference.gradients)
+        )
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """Evaluate loss and backward pass from cleared gradients; return the seconds it took."""
-        for x in self.inputs:
-            x.grad = None
+        """Take a step from cleared gradients; return the seconds it took."""
+        self._clear()
         on_gpu = torch.cuda.is_initialized()
         if on_gpu:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        self.loss(*args, **kwargs).backward()
+        self._run(args, kwargs)
         if on_gpu:
             torch.cuda.synchronize()
-            self.peak_bytes = torch.cuda.max_memory_allocated()
         return time.perf_counter() - start
 
     def first_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the step that compiles; keep its time and gradients, or its refusal."""
+        """Take the step that compiles; keep its time, value and gradients, or its refusal."""
+        self._clear()
+        start = time.perf_counter()
         try:
-            self.first_seconds = self.step(*args, **kwargs)
+            self.value = self._run(args, kwargs).detach().clone()
         # Whatever a compiler raises is a result: the table has the reason in place of the time.
         except Exception as error:
             reason = str(error).strip() or "no reason given"
             self.refusal = f"{type(error).__name__}: {reason.splitlines()[0]}"
             return
-        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.inputs]
-        self.gradients = torch.cat([g.detach().flatten() for g in grads])
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.first_seconds = time.perf_counter() - start
+        if self.inputs and self.backward:
+            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.inputs]
+            self.gradients = torch.cat([g.detach().flatten() for g in grads])
+
+    def measure_memory(self, *args: Any, **kwargs: Any) -> None:
+        """Take one more step, and keep how much memory it had allocated at once."""
+        self._clear()
+        self.peak_bytes = peak_bytes(lambda: self._run(args, kwargs))
+
+    def _clear(self) -> None:
+        for x in self.inputs:
+            x.grad = None
+
+    def _run(self, args: Any, kwargs: Any) -> Tensor:
+        value = self.loss(*args, **kwargs)
+        if self.backward:
+            value.backward()
+        return value
 
 
-def compiled_as_written(loss: Loss, backend: str = "inductor") -> Loss:
+def _distance(found: Tensor, expected: Tensor) -> float:
+    difference, size = (found - expected).norm(), expected.norm()
+    return float(difference / size if size else difference)
+
+
+def compiled_as_written(loss: Loss, backend: str = "inductor", mode: str = "default") -> Loss:
     """Return the loss under `torch.compile`, allowed to trace `torch.autograd.grad`.
 
     The flag is off by default and is read when a loss is compiled, so it is set around each call.
     """
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    modes = {"mode": mode} if backend == "inductor" else {}  # other backends take none
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, **modes)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -128,7 +167,7 @@ def measure(
     on_step: Callable[[str], object] = lambda name: None,
     **kwargs: Any,
 ) -> None:
-    """Let the contenders take turns.
+    """Let the contenders take turns, then measure the memory of each.
 
     Args:
         contenders: Those whose first step was refused do not take part.
@@ -145,36 +184,38 @@ def measure(
             seconds = contender.step(*args, **kwargs)
             if turn >= warm_up:
                 contender.seconds.append(seconds)
+    for contender in racing:
+        on_step(contender.name)
+        contender.measure_memory(*args, **kwargs)
 
 
 def comparison(title: str, contenders: Sequence[Contender]) -> Table:
     """Return the measured contenders beside the first one, as a table."""
     caption = (
         "A step is loss + backward, no optimizer. Speed-up: median over the rounds.\n"
-        "FLOPs: matmul and convolution. Gradients: relative distance, first step."
+        "FLOPs: matmul and convolution. Memory: the most that a step has allocated\n"
+        "at once. Gradients: relative distance, first step."
     )
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "gradient\ndiffers"]
-    if any(contender.peak_bytes is not None for contender in contenders):
-        headings.append("peak\nMiB")
-    for heading in headings:
+    headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "peak\nMiB"]
+    for heading in (*headings, "gradient\ndiffers"):
         table.add_column(heading, justify="right", no_wrap=True)
     for contender in contenders:
-        cells = ["–"] * 6 if contender.refusal else _cells(contender, contenders[0])
-        if contender.peak_bytes is not None:
-            cells.append(f"{contender.peak_bytes / 2**20:.1f}")
+        cells = ["–"] * 7 if contender.refusal else _cells(contender, contenders[0])
         table.add_row(contender.name, *cells)
     return table
 
 
 def _cells(contender: Contender, reference: Contender) -> list[str]:
+    peak = contender.peak_bytes
     return [
-        f"{min(contender.seconds) * 1e3:.3f}",
+        f"{contender.minimum * 1e3:.3f}",
         f"{contender.median * 1e3:.3f}",
         f"{contender.speedup(reference):.2f} ×",
         f"{contender.first_seconds:.1f}",
         "" if contender.flops is None else f"{contender.flops / 1e6:.3f}",
+        "" if peak is None else f"{peak / 2**20:.2f}",
         "" if contender is reference else f"{contender.distance(reference):.0e}",
     ]
 

@@ -232,16 +232,17 @@ def _print_values(title: str, value: Any, size: Mapping[str, float]) -> None:
     "--also",
     multiple=True,
     metavar="NAME",
-    help="Another form of the loss, run under torch.compile (several times).",
+    help="Another form of the loss, such as one in torch.func, run under torch.compile (several "
+    "times).",
 )
 def bench(target: Target, rounds: int, warm_up: int, warm_cache: bool, also: Sequence[str]) -> None:
     """Time a loss as written, under torch.compile, and optimized; the forms take turns."""
-    loss, backend = target.loss, target.loss.options.backend
+    loss, backend, mode = target.loss, target.loss.options.backend, target.loss.options.mode
     report = _report(target)
     others = {name: getattr(other, "as_written", other) for name, other in _found(also)}
     forms: dict[str, Callable[..., Any]] = {"as written": loss.as_written}
     for name, other in {"torch.compile": loss.as_written, **others}.items():
-        forms[name] = compiled_as_written(other, backend)
+        forms[name] = compiled_as_written(other, backend, mode)
     forms["optimize_nested"] = loss
     tensors = named_tensors(loss.as_written, target.args, target.kwargs)
     wanted = [x for x in tensors.values() if x.requires_grad]
@@ -250,7 +251,7 @@ def bench(target: Target, rounds: int, warm_up: int, warm_cache: bool, also: Seq
     contenders[0].step(*target.args, **target.kwargs)  # what is wrong with the loss itself is said
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=aside) as progress:
-        task = progress.add_task("", total=len(forms) * (rounds + warm_up + 1))
+        task = progress.add_task("", total=len(forms) * (rounds + warm_up + 2))
 
         def stepping(name: str) -> None:
             progress.update(task, advance=1, description=name)

@@ -52,12 +52,17 @@ def _points(full: bool) -> Tensor:
 
 
 def gp_mlp(full: bool) -> list[Case]:
-    """Penalty alone, for a smooth and for a piecewise linear network."""
-    cases = []
-    for name, activation, figure in (("tanh", nn.Tanh, 6.05), ("LeakyReLU", nn.LeakyReLU, 4.05)):
-        net, x = mlp([512] * 8 + [1], activation), _points(full)
-        cases.append(Case(name, penalty, (net, x), lambda n=net, x=x: n(x), func_penalty, figure))
-    return cases
+    """Penalty alone, for a smooth and for a piecewise linear network, and for a small one."""
+    small = torch.randn(128, 2).requires_grad_()
+    shapes = (
+        ("tanh", mlp([512] * 8 + [1]), _points(full), 6.05),
+        ("LeakyReLU", mlp([512] * 8 + [1], nn.LeakyReLU), _points(full), 4.05),
+        ("small tanh", mlp([2, 32, 32, 32, 1]), small, 6.05),
+    )
+    return [
+        Case(name, penalty, (net, x), lambda n=net, x=x: n(x), func_penalty, figure)
+        for name, net, x, figure in shapes
+    ]
 
 
 def gp_data(full: bool) -> list[Case]:

@@ -52,6 +52,18 @@ def laplacian(net: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
+def laplacian_value(net: nn.Module, points: Tensor) -> Tensor:
+    """Laplacian at points (batch, dim) that need no gradient."""
+    x = points.detach().requires_grad_()
+    return laplacian(net, x, torch.ones_like(x[0]))
+
+
+def func_laplacian_value(net: nn.Module, points: Tensor) -> Tensor:
+    """`laplacian_value` in torch.func: full Hessians."""
+    second = vmap(hessian(lambda x: net(x)[0]))(points)
+    return second.diagonal(dim1=1, dim2=2).sum(1)
+
+
 def poisson(net: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """Mean square of the weighted Laplacian − 1."""
     return (laplacian(net, x, weight) - 1).square().mean()
@@ -100,6 +112,28 @@ def burgers_cases(full: bool) -> list[Case]:
     return [Case("10 000 points", burgers, (net, x), _forward(net, x), func_burgers)]
 
 
+def laplacian_values(full: bool) -> list[Case]:
+    """The Laplacian alone, for a network that is not being trained."""
+    cases, dim = [], 50
+    for dtype, name in ((torch.float64, "float64"), (torch.float32, "float32")):
+        net = _big(dim, dtype).requires_grad_(False)
+        for batch in (1, 64, 2048) if full else (8, 64):
+            x = torch.randn(batch, dim, dtype=dtype)
+            title, forward = f"D={dim}, {name}, {batch} points", _forward(net, x)
+            cases.append(
+                Case(
+                    title,
+                    laplacian_value,
+                    (net, x),
+                    forward,
+                    func_laplacian_value,
+                    flops_over_f=2 + dim,
+                    backward=False,
+                )
+            )
+    return cases
+
+
 def laplacian_step(full: bool) -> list[Case]:
     """Residual of Poisson's equation: value and gradients."""
     cases = []
@@ -131,6 +165,7 @@ def biharmonic_cases(full: bool) -> list[Case]:
 
 WORKLOADS = [
     Workload(1, "lennard_jones", "force matching", lennard_jones),
+    Workload(5, "laplacian_value", "Δu, no gradients", laplacian_values),
     Workload(6, "laplacian_step", "(Δu − 1)²", laplacian_step),
     Workload(7, "weighted_laplacian", "(Σ wᵢ ∂ᵢᵢu − 1)²", weighted_laplacian),
     Workload(8, "biharmonic", "(ΔΔu)²", biharmonic_cases),

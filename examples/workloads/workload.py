@@ -15,14 +15,15 @@ class Case:
 
     Attributes:
         name: What it is called in a table.
-        loss: The loss as a user writes it; a step is its value and the gradients of what it reads
-            that requires grad.
+        loss: The loss as a user writes it.
         args: Its arguments.
         forward: One forward pass of the network that is differentiated, the unit F of FLOPs;
             None where a step has no such unit.
         func_form: The same loss in `torch.func`, if that is another one.
         flops_over_f: The figure to reach, in forward passes; None if there is none.
         options: Of `optimize_nested`.
+        backward: Whether a step is the loss and the gradients of what it reads that requires grad;
+            otherwise it is the value alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Case:
     func_form: Loss | None = None
     flops_over_f: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    backward: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""Start the processes that measure, and survive them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.benchmark.results import FirstStep, Row, Timing
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
+
+
+class Died(Exception):
+    """A process did not end well; says how."""
+
+
+def run_case(
+    workload: str,
+    case: str,
+    *,
+    sizes: list[str],
+    rounds: int,
+    cache: Path,
+    on_step: Callable[[str], object],
+) -> Row:
+    """Measure the steps of a case; a form that takes the process down is left out of the next try.
+
+    Args:
+        workload: Its name.
+        case: The case's name.
+        sizes: Options that say which sizes, and where.
+        rounds: Timed steps of each form.
+        cache: A folder with one for each form's compiled code.
+        on_step: Is told the form's column before each step.
+
+    Raises:
+        Died: The loss as written, or all of optimize_nested, takes the process down.
+    """
+    dead: dict[str, str] = {}
+    while True:
+        step = ""
+        words = [workload, case, *sizes, "--rounds", str(rounds), "--cache", str(cache)]
+        words += [word for name in dead for word in ("--skip", name)]
+        try:
+            for said in _lines("one_case", words):
+                if "row" in said:
+                    forms = {name: Timing(**form) for name, form in said["row"]["forms"].items()}
+                    forms |= {name: Timing(refusal=reason) for name, reason in dead.items()}
+                    return Row(**{**said["row"], "forms": forms})
+                step = said["step"]
+                on_step(step)
+            raise Died("the process ended without a result")
+        except Died as death:
+            if step in ("", "E", "O"):
+                raise
+            dead[step] = str(death)
+
+
+def first_steps(
+    workload: str,
+    case: str,
+    *,
+    columns: Iterable[str],
+    sizes: list[str],
+    cache: Path,
+    on_step: Callable[[str], object],
+) -> dict[str, FirstStep]:
+    """Measure the first step of each form, cold and in a second process.
+
+    Args:
+        workload: Its name.
+        case: The case's name.
+        columns: The forms.
+        sizes: Options that say which sizes, and where.
+        cache: A folder with one for each form's compiled code; starts empty.
+        on_step: Is told the form's column before each step.
+    """
+    found = {}
+    for form in columns:
+        environment = dict.fromkeys(CACHES, str(cache / form))
+        seconds = []
+        try:
+            for _ in ("cold", "warm"):
+                on_step(form)
+                words = [workload, case, form, *sizes]
+                (said,) = _lines("first_step", words, environment)
+                if said["refusal"]:
+                    raise Died(said["refusal"])
+                seconds.append(said["seconds"])
+            found[form] = FirstStep(*seconds)
+        except Died as death:
+            found[form] = FirstStep(refusal=str(death))
+    return found
+
+
+def _lines(
+    program: str, words: list[str], environment: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield what a program beside this one says, line by line.
+
+    Raises:
+        Died: It ends in an error, or by a signal.
+    """
+    command = [sys.executable, "-m", f"examples.benchmark.{program}", *words]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        code = process.wait()
+        errors.seek(0)
+        if code < 0:
+            raise Died(f"the process died of {signal.Signals(-code).name}")
+        if code > 0:
+            raise Died((errors.read().strip().splitlines() or ["no reason given"])[-1])
