@@ -74,6 +74,13 @@ conformance: setup ## Compare PyTorch's operator database with eager, into docs/
 bench: setup ## Time the workloads beside PyTorch, into docs/benchmarks.md (ARGS="--quick")
 	$(BIN)/python -m examples.benchmark $(ARGS)
 
+$(VENV)/.jax: $(STAMP)
+	$(PIP) install --constraint constraints.txt --editable '.[jax]'
+	touch $@
+
+.PHONY: jax
+jax: $(VENV)/.jax ## Install JAX, which make bench then times too
+
 .PHONY: lint
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

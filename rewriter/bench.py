@@ -134,8 +134,8 @@ def compiled_as_written(loss: Loss, backend: str = "inductor", mode: str = "defa
 
     The flag is off by default and is read when a loss is compiled, so it is set around each call.
     """
-    modes = {"mode": mode} if backend == "inductor" else {}  # other backends take none
-    compiled = torch.compile(loss, fullgraph=True, backend=backend, **modes)
+    chosen = mode if backend == "inductor" else None  # other backends take none
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, mode=chosen)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(trace_autograd_ops=True):

@@ -51,7 +51,7 @@ def test_project_metadata(pyproject: dict[str, Any]) -> None:
     assert project["name"] == "optimize-nested"
     assert project["license"] == "Apache-2.0"
     assert project["requires-python"] == ">=3.10"
-    assert set(project["optional-dependencies"]) == {"dev", "examples", "clients", "docs"}
+    assert set(project["optional-dependencies"]) == {"dev", "examples", "clients", "jax", "docs"}
 
 
 def test_torch_range(requirements: list[Requirement]) -> None:

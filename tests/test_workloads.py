@@ -1,19 +1,19 @@
-"""The benchmark: both forms of a workload are one loss, figures are reached, tables are right."""
+"""The workloads: every form of one is one loss, and figures are reached."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples import benchmark
 from examples.workloads import WORKLOADS, Case
 from rewriter import optimize_nested
 from rewriter.bench import Contender
+from rewriter.naming import named_tensors
 from tests.oracle import relative_error
 
 # One case of each workload that is quick to capture.
@@ -41,7 +41,7 @@ def test_forms_are_one_loss(name: str) -> None:
     assert relative_error(case.func_form(*args).detach(), case.loss(*args).detach()) < 1e-9
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if n.startswith("gp_")])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("gp_")])
 def test_figures(name: str) -> None:
     case = CASES[name]
     assert case.forward is not None and case.flops_over_f is not None
@@ -51,17 +51,18 @@ def test_figures(name: str) -> None:
     assert report.flops / counter.get_total_flops() <= case.flops_over_f
 
 
-def test_table_and_chart(tmp_path: Path) -> None:
-    contenders = {name: Contender(name, torch.sum, []) for name in ("E", "C", "F", "O")}
-    for name, seconds in {"E": 4.0, "C": 2.0, "O": 1.0}.items():
-        contenders[name].seconds = [seconds * 1e-3, seconds * 2e-3, seconds * 3e-3]
-        contenders[name].first_seconds = seconds
-    contenders["F"].refusal = "RuntimeError: no"
-    workload = WORKLOADS[1]
-    case = next(case for name, case in CASES.items() if name.startswith(workload.name))
-    row = benchmark.Row(workload, case, contenders, {"E": 6.0, "O": 5.5})
-    text = benchmark.page([row], 3)
-    assert "| 8.00 | 4.00 | refused | 2.00 | 4.00 × | 2.00 × | 6.00 | 5.50 | 6.05 |" in text
-    assert "F: RuntimeError: no" in text and "4.00 ×." in text
-    benchmark.draw([row], tmp_path / "chart.svg")
-    assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
+@pytest.mark.parametrize("name", [n for n in CASES if "float64, 8" in n or "D=2" in n])
+def test_forms_in_jax_are_one_loss(name: str) -> None:
+    pytest.importorskip("jax")
+    in_jax = importlib.import_module("examples.workloads.in_jax")
+    case = CASES[name]
+    net, points, *rest = case.args
+    args = tuple(in_float64(value) for value in (net, points[:4], *rest))
+    forms = {"E": case.loss, "J": in_jax.InJax(case.loss, args, backward=case.backward)}
+    wanted = [x for x in named_tensors(case.loss, args, {}).values() if x.requires_grad]
+    eager, jitted = (Contender(n, f, wanted, backward=case.backward) for n, f in forms.items())
+    for contender in (eager, jitted):
+        contender.first_step(*args)
+        assert not contender.refusal
+    assert jitted.distance(eager) < 1e-9
+    assert len(jitted.gradients) == sum(x.numel() for x in wanted if case.backward)

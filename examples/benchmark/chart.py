@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from examples.benchmark.results import Row
 
@@ -46,15 +47,18 @@ def draw(title: str, rows: list[Row], path: Path) -> None:
             )
     axes.set_xscale("log")
     axes.axvline(1.0, color=EAGER, linewidth=1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ×"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.08)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [f"{r.workload}\n{r.case}" for r in rows], fontsize=8)
     axes.set_xlabel("times as fast as the loss as written, eager (right is faster)")
-    axes.set_title(title, fontsize=10)
-    for colour, text in BARS.values():
-        axes.barh(0, 0, color=colour, label=text)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.09), ncols=4, frameon=False)
+    axes.grid(axis="x", color="#e8eaed")
+    axes.set_axisbelow(True)
+    handles = [Patch(color=colour, label=text) for colour, text in BARS.values()]
+    figure.legend(
+        handles=handles, title=title, fontsize=8, loc="outside upper center", ncols=4, frameon=False
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
