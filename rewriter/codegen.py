@@ -69,9 +69,7 @@ def compile_graph(
     module, sizes = _with_sizes(_with_own_draws(module))
     examples = [value_of(node) for node in placeholders(module.graph)]
     examples = [x.detach() if isinstance(x, Tensor) else x for x in examples]
-    # The generator must end where eager leaves it, so draws are eager's own.
-    draws = any(is_random(node) for node in module.graph.nodes)
-    settings = {**list_mode_options(mode), "fallback_random": draws}
+    settings = _settings(module, mode)
     is_replayed = settings.get("triton.cudagraphs", False) and _is_on_cuda(examples)
     static = static if is_replayed else ()
     inner = functools.partial(_compile_with_static, tuple(static)) if static else compile_fx_inner
@@ -132,6 +130,19 @@ def _replayed(compiled: Compiled, static: Sequence[int]) -> Compiled:
         return found
 
     return run
+
+
+def _settings(module: GraphModule, mode: str) -> dict[str, Any]:
+    """Return Inductor's settings for a graph."""
+    # The generator must end where eager leaves it, so draws are eager's own.
+    draws = any(is_random(node) for node in module.graph.nodes)
+    settings = {**list_mode_options(mode), "fallback_random": draws}
+    if _devices(module) == {"cpu"}:
+        # oneDNN blocks what it convolves anyway. Channels-last copies, of each weight, gradient and
+        # activation in every step, come on top: of a critic's step a third of the time and more
+        # than half of the memory.
+        settings["layout_optimization"] = False
+    return settings
 
 
 def _with_sizes(module: GraphModule) -> tuple[GraphModule, list[tuple[int, int]]]:
@@ -296,8 +307,7 @@ def package_graph(module: GraphModule, mode: str) -> bytes:
             "no C++ compiler was found: install one, set the environment variable CXX, or compile "
             "with portable=True"
         )
-    draws = any(is_random(node) for node in module.graph.nodes)
-    settings = {**list_mode_options(mode), "fallback_random": draws}
+    settings = _settings(module, mode)
     settings.pop("triton.cudagraphs", None)  # of compiled Python, not of packages
     fakes = [value_of(node) for node in placeholders(module.graph)]
     open_dims = [_open_dims(fake) for fake in fakes]
@@ -414,12 +424,14 @@ def _with_own_draws(module: GraphModule) -> GraphModule:
 
 def has_compiler(module: GraphModule) -> bool:
     """Whether Inductor can build code for the graph's device."""
-    devices = {
-        value_of(n).device.type for n in module.graph.nodes if isinstance(value_of(n), Tensor)
-    }
-    if devices != {"cpu"} or inductor_config.cpu_backend != "cpp":
+    if _devices(module) != {"cpu"} or inductor_config.cpu_backend != "cpp":
         return True
     return cpp_compiler() is not None
+
+
+def _devices(module: GraphModule) -> set[str]:
+    values = map(value_of, module.graph.nodes)
+    return {value.device.type for value in values if isinstance(value, Tensor)}
 
 
 def cpp_compiler() -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from rewriter import NestedGradientWarning, OptimizeNestedError, optimize_nested
+from rewriter.bench import Contender
 from tests.cases import mlp, with_written_norms
 from tests.oracle import assert_same, check, outcome
 
@@ -147,3 +148,16 @@ def test_autocast_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         optimize_nested(in_full, strict=True)(net, x)
     assert seen == [False]
+def test_convolutions_copy_no_weights() -> None:
+    """Inductor would make a channels-last copy of the weight in every step."""
+    weight = torch.randn(64, 64, 5, 5, requires_grad=True)
+    x = torch.randn(1, 64, 8, 8)
+    loss = optimize_nested(lambda x: torch.nn.functional.conv2d(x, weight).square().sum())
+    steps = Contender("", loss, [weight])
+    steps.first_step(x)
+    assert not steps.refusal
+    steps.measure_memory(x)
+    assert steps.peak_bytes is not None
+    gradient = weight.numel() * weight.element_size()
+    # As it was computed, and as `.grad` has it; the activations are 50 KB in all.
+    assert steps.peak_bytes < 2.5 * gradient

@@ -52,15 +52,14 @@ def laplacian(net: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def laplacian_value(net: nn.Module, points: Tensor) -> Tensor:
-    """Laplacian at points (batch, dim) that need no gradient."""
-    x = points.detach().requires_grad_()
-    return laplacian(net, x, torch.ones_like(x[0]))
+def laplacian_value(net: nn.Module, x: Tensor) -> Tensor:
+    """Laplacian at x (batch, dim) that requires grad, and no gradient of it."""
+    return laplacian(net, x, torch.ones_like(x[0])).detach()
 
 
-def func_laplacian_value(net: nn.Module, points: Tensor) -> Tensor:
+def func_laplacian_value(net: nn.Module, x: Tensor) -> Tensor:
     """`laplacian_value` in torch.func: full Hessians."""
-    second = vmap(hessian(lambda x: net(x)[0]))(points)
+    second = vmap(hessian(lambda x: net(x)[0]))(x.detach())
     return second.diagonal(dim1=1, dim2=2).sum(1)
 
 
@@ -118,7 +117,7 @@ def laplacian_values(full: bool) -> list[Case]:
     for dtype, name in ((torch.float64, "float64"), (torch.float32, "float32")):
         net = _big(dim, dtype).requires_grad_(False)
         for batch in (1, 64, 2048) if full else (8, 64):
-            x = torch.randn(batch, dim, dtype=dtype)
+            x = torch.randn(batch, dim, dtype=dtype).requires_grad_()
             title, forward = f"D={dim}, {name}, {batch} points", _forward(net, x)
             cases.append(
                 Case(
