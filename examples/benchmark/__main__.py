@@ -30,7 +30,11 @@ console = Console(stderr=True)
     help="A workload (several times); all without.",
 )
 @click.option("--case", "case_names", multiple=True, help="A case by its name (several times).")
-@click.option("--quick", is_flag=True, help="One case of each, 5 rounds, no first steps.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="One case of each workload that compiles fast, or is named; 5 rounds, no first steps.",
+)
 @click.option("--full", is_flag=True, help="The sizes for a GPU.")
 @click.option("--rounds", type=click.IntRange(1), help="Timed steps of each form. [default: 20]")
 @click.option(
@@ -63,7 +67,7 @@ def main(
     is what other machines have. Each case is written as soon as it is done.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = [w for w in WORKLOADS if not only or w.name in only]
+    chosen = [w for w in WORKLOADS if w.name in only or not (only or (quick and w.compiles_long))]
     cases = [
         (workload, case)
         for workload in chosen

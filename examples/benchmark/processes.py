@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from examples.benchmark.results import FirstStep, Row, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,8 @@ def _lines(
 ) -> Iterator[dict[str, Any]]:
     """Yield what a program beside this one says, line by line.
 
+    JAX has as many threads there as PyTorch.
+
     Raises:
         Died: It ends in an error, or by a signal.
     """
@@ -116,7 +120,7 @@ def _lines(
             stderr=errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "NPROC": str(torch.get_num_threads()), **(environment or {})},
         ) as process,
     ):
         assert process.stdout is not None

@@ -74,6 +74,8 @@ def parameter_hvp(full: bool) -> list[Case]:
 
 
 WORKLOADS = [
-    Workload(13, "parameter_hvp", "Hessian · v in all parameters", parameter_hvp),
+    Workload(
+        13, "parameter_hvp", "Hessian · v in all parameters", parameter_hvp, compiles_long=True
+    ),
     Workload(14, "jacobian_frobenius", "cross-entropy + ‖J‖²", jacobian_frobenius),
 ]

@@ -164,9 +164,9 @@ def biharmonic_cases(full: bool) -> list[Case]:
 
 WORKLOADS = [
     Workload(1, "lennard_jones", "force matching", lennard_jones),
-    Workload(5, "laplacian_value", "Δu, no gradients", laplacian_values),
+    Workload(5, "laplacian_value", "Δu, no gradients", laplacian_values, compiles_long=True),
     Workload(6, "laplacian_step", "(Δu − 1)²", laplacian_step),
-    Workload(7, "weighted_laplacian", "(Σ wᵢ ∂ᵢᵢu − 1)²", weighted_laplacian),
-    Workload(8, "biharmonic", "(ΔΔu)²", biharmonic_cases),
+    Workload(7, "weighted_laplacian", "(Σ wᵢ ∂ᵢᵢu − 1)²", weighted_laplacian, compiles_long=True),
+    Workload(8, "biharmonic", "(ΔΔu)²", biharmonic_cases, compiles_long=True),
     Workload(11, "burgers", "u_t + u u_x − ν u_xx", burgers_cases),
 ]

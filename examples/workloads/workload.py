@@ -45,9 +45,11 @@ class Workload:
         name: Its name.
         about: The derivative in the loss, in words.
         cases: Returns its cases; given True those of the sizes for a GPU.
+        compiles_long: Whether `torch.compile` of its first case takes minutes.
     """
 
     number: int
     name: str
     about: str
     cases: Callable[[bool], list[Case]]
+    compiles_long: bool = False
