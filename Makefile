@@ -71,7 +71,7 @@ conformance: setup ## Compare PyTorch's operator database with eager, into docs/
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.conformance
 
 .PHONY: bench
-bench: setup ## Time the workloads beside PyTorch, into docs/benchmarks.md (ARGS="--quick": ten minutes)
+bench: setup ## Time the workloads beside PyTorch, into docs/benchmarks.md (ARGS="--quick")
 	$(BIN)/python -m examples.benchmark $(ARGS)
 
 $(VENV)/.jax: $(STAMP)

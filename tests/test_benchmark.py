@@ -181,6 +181,12 @@ def test_a_process_that_fails_says_why() -> None:
         list(processes._lines("nothing", []))
 
 
+def test_a_process_that_says_nothing_is_ended(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "LIMIT", 0.2)
+    with pytest.raises(processes.Died, match="more than 0 s, or all memory"):
+        list(processes._lines("first_step", ["gp_mlp", "tanh", "C"]))
+
+
 def test_one_case(tmp_path: Path, monkeypatch) -> None:
     eager = lambda loss: lambda *args: loss(*args)  # noqa: E731
     monkeypatch.setattr(forms, "compiled_as_written", eager)

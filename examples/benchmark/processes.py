@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from examples.benchmark.results import FirstStep, Row, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 1200.0  # seconds in which a process must say something, such as that a form has compiled
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
 
 
@@ -123,13 +125,29 @@ def _lines(
             env={**os.environ, "NPROC": str(torch.get_num_threads()), **(environment or {})},
         ) as process,
     ):
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in _within(LIMIT, process):
             if line.startswith("{"):
                 yield json.loads(line)
         code = process.wait()
         errors.seek(0)
+        if code == -signal.SIGKILL:
+            raise Died(f"the process took more than {LIMIT:.0f} s, or all memory")
         if code < 0:
             raise Died(f"the process died of {signal.Signals(-code).name}")
         if code > 0:
             raise Died((errors.read().strip().splitlines() or ["no reason given"])[-1])
+
+
+def _within(seconds: float, process: subprocess.Popen[str]) -> Iterator[str]:
+    """Yield the lines of a process; kill it when none comes in time."""
+    assert process.stdout is not None
+    while True:
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            return
+        yield line
