@@ -193,13 +193,13 @@ def comparison(title: str, contenders: Sequence[Contender]) -> Table:
     """Return the measured contenders beside the first one, as a table."""
     caption = (
         "A step is loss + backward, no optimizer. Speed-up: median over the rounds.\n"
-        "FLOPs: matmul and convolution. Memory: the most that a step has allocated\n"
-        "at once. Gradients: relative distance, first step."
+        "FLOPs: matmul and convolution. Peak: the most that a step has allocated at\n"
+        "once. Differs: value or gradients of the first step, relative."
     )
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "peak\nMiB"]
-    for heading in (*headings, "gradient\ndiffers"):
+    for heading in (*headings, "\ndiffers"):
         table.add_column(heading, justify="right", no_wrap=True)
     for contender in contenders:
         cells = ["–"] * 7 if contender.refusal else _cells(contender, contenders[0])

@@ -16,7 +16,7 @@ def page(sections: dict[str, Section], chart_of: Callable[[str], str]) -> str:
         sections: What each machine has measured, by its name.
         chart_of: Returns the file name of a machine's chart.
     """
-    columns = ", ".join(f"{PRESENT[name]}: {text}" for name, text in FORMS.items())
+    columns = "; ".join(f"{PRESENT[name]}: {text}" for name, text in FORMS.items())
     lines = [
         "# Benchmarks",
         "",
