@@ -108,7 +108,7 @@ def _lines(
 ) -> Iterator[dict[str, Any]]:
     """Yield what a program beside this one says, line by line.
 
-    JAX has as many threads there as PyTorch.
+    JAX has as many threads there as PyTorch, and takes memory of a GPU as it needs it.
 
     Raises:
         Died: It ends in an error, or by a signal.
@@ -122,7 +122,12 @@ def _lines(
             stderr=errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "NPROC": str(torch.get_num_threads()), **(environment or {})},
+            env={
+                **os.environ,
+                "NPROC": str(torch.get_num_threads()),
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                **(environment or {}),
+            },
         ) as process,
     ):
         for line in _within(LIMIT, process):
