@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.workloads import WORKLOADS, Case
+from examples.workloads import WORKLOADS, Case, Workload
 from rewriter import optimize_nested
 from rewriter.bench import Contender
 from rewriter.naming import named_tensors
@@ -39,6 +39,14 @@ def test_forms_are_one_loss(name: str) -> None:
     small = [x[:8] if isinstance(x, torch.Tensor) and len(x) >= 16 else x for x in case.args]
     args = [in_float64(value) for value in small]
     assert relative_error(case.func_form(*args).detach(), case.loss(*args).detach()) < 1e-9
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_losses_run_as_written(workload: Workload) -> None:
+    case = workload.cases(False)[0]
+    step = Contender("E", case.loss, [], backward=case.backward)
+    step.first_step(*case.args)
+    assert not step.refusal and step.value.isfinite().all()
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("gp_")])

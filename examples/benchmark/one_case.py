@@ -43,6 +43,8 @@ def main(
         _say(name)
         with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache / name)):
             contender.first_step(*args)
+        if name == "E" and contender.refusal:
+            raise click.ClickException(f"the loss as written fails: {contender.refusal}")
     measure(list(racing.values()), *args, rounds=rounds, warm_up=2, on_step=_say)
     row = Row(
         number=next(w.number for w in WORKLOADS if w.name == workload),

@@ -1,5 +1,6 @@
 """Networks that several workloads share."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -41,15 +42,35 @@ def lenet() -> nn.Sequential:
     )
 
 
+class EncoderLayer(nn.Module):
+    """A layer of a transformer on tokens (batch, length, width). Its attention is written out:
+    PyTorch's fused one has no second derivative."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project_in, self.project_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return tokens of the same shape."""
+        found = self.project_in(tokens).chunk(3, dim=-1)
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in found)
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        tokens = self.norms[0](tokens + self.project_out(attended))
+        return self.norms[1](tokens + self.feed(tokens))
+
+
 class Encoder(nn.Module):
     """Encode token embeddings (batch, length, width) and map their mean to (batch, classes)."""
 
     def __init__(self, width: int, heads: int, layers: int, classes: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.layers = nn.Sequential(*(EncoderLayer(width, heads) for _ in range(layers)))
         self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
