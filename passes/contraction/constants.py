@@ -1,0 +1,84 @@
+"""Which tensors of a graph are constants, and what they do to indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from passes.contraction.terms import Index
+from passes.graph import is_impure, needs, value_of
+
+# Elements of the largest constant that is looked at.
+LARGEST = 2**25
+
+
+class Constants:
+    """The nodes of a graph that depend on no input."""
+
+    def __init__(self, graph: Graph, known: dict[Node, Tensor] | None = None) -> None:
+        self.graph = graph
+        self._known: dict[Node, Any] = dict(known or {})
+
+    def inside(self, outside: dict[Node, Any]) -> dict[Node, Tensor]:
+        """Return those inputs of a body that are constants.
+
+        Args:
+            outside: The body's inputs → what is given for them.
+        """
+        found = {inner: self.value(outer) for inner, outer in outside.items()}
+        return {inner: value for inner, value in found.items() if value is not None}
+
+    def value(self, node: Any) -> Tensor | None:
+        """Return the value of a constant; None for what is none, or too large, or has symbolic
+        sizes."""
+        if not isinstance(node, Node):
+            return None
+        if node not in self._known:
+            self._known[node] = self._computed(node)
+        return self._known[node]
+
+    def _computed(self, node: Node) -> Tensor | None:
+        like = value_of(node)
+        if not isinstance(like, Tensor) or not _is_small(like):
+            return None
+        read = needs([node])
+        if any(is_impure(n) or n.op != "call_function" for n in read if n not in self._known):
+            return None
+        found: dict[Node, Any] = {}
+        with _disable_current_modes(), torch.no_grad():
+            for n in self.graph.nodes:
+                if n in read:
+                    args, kwargs = torch.fx.map_arg((n.args, n.kwargs), found.__getitem__)
+                    known = self._known.get(n)
+                    found[n] = n.target(*args, **kwargs) if known is None else known
+        return found[node]
+
+    def apart(
+        self, value: Tensor, indices: tuple[Index | None, ...]
+    ) -> tuple[float, tuple[Index, Index] | None] | None:
+        """Return ``(c, None)`` if a constant is the number c everywhere, ``(c, (a, b))`` if it is
+        ``c·δ(a, b)``, None if it is anything else."""
+        left = list(indices)
+        for dim in range(value.dim() - 1, -1, -1):
+            first = value.narrow(dim, 0, 1) if value.shape[dim] else value
+            if left[dim] is None or bool((value == first).all()):
+                value = value.select(dim, 0)
+                del left[dim]
+        if value.dim() == 0:
+            return float(value), None
+        if value.dim() == 2 and value.shape[0] == value.shape[1]:
+            scale = value[0, 0]
+            if bool((value == scale * torch.eye(len(value), dtype=value.dtype)).all()):
+                a, b = left
+                assert a is not None
+                assert b is not None
+                return float(scale), (a, b)
+        return None
+
+
+def _is_small(like: Tensor) -> bool:
+    return all(isinstance(size, int) for size in like.shape) and like.numel() <= LARGEST

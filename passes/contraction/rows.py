@@ -1,0 +1,117 @@
+"""Proof that each row of what a body computes depends on the same row of its point alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.graph import placeholders, reaches, results, value_of, where
+from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
+
+aten = torch.ops.aten
+
+
+class RowsMix(Exception):
+    """A derivative that is no operand of a contraction; the message is the reason a report
+    shows."""
+
+
+# Each element of the result depends on the elements at the same place (broadcast from the right).
+POINTWISE = {
+    *ELEMENTWISE, *FROM_BACKWARD, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor,
+    aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
+    aten.neg.default, aten.pow.Tensor_Scalar, aten.where.self, aten.clamp.default,
+    aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default,
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.acosh.default,
+    aten.atanh.default, aten.log_sigmoid_forward.default, aten._to_copy.default,
+}  # fmt: skip
+
+# Along the dimensions of the second argument only.
+_ALONG = {
+    aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default,
+    aten._softmax.default, aten._log_softmax.default, aten.logsumexp.default,
+}  # fmt: skip
+
+
+def check_rows(body: GraphModule) -> None:
+    """Check that row n of every output, its first dimension, depends on row n of the point alone.
+
+    Args:
+        body: Its first input is the point.
+
+    Raises:
+        RowsMix: An operator mixes rows, or is not known not to; names it and its line.
+    """
+    point = placeholders(body.graph)[0]
+    rows = value_of(point).shape[:1]
+    if not rows:
+        raise RowsMix("the point has no rows")
+    moving = reaches([point])
+    for node in body.graph.nodes:
+        if node not in moving or node.op != "call_function":
+            continue
+        values = value_of(node)
+        whole = not isinstance(values, (tuple, list))
+        keeps = whole and values.dim() > 0 and _equal(values.shape[0], rows[0])
+        if not keeps or not _keeps_rows(node, moving):
+            raise RowsMix(f"rows mix at {_name(node)}, {where(node)}")
+    if not any(n in moving for n in results(body.graph)[:1]):
+        raise RowsMix("the output does not depend on the point")
+
+
+def _keeps_rows(node: Node, moving: set[Node]) -> bool:
+    """Whether row n of the result depends on row n of what moves."""
+    args: Any = node.args
+    target = node.target
+    if target in POINTWISE:
+        rank = value_of(node).dim()
+        reads = [n for n in node.all_input_nodes if n in moving]
+        return all(value_of(n).dim() == rank for n in reads)
+    if target is aten.mm.default or target is aten.mv.default:
+        return args[1] not in moving
+    if target is aten.addmm.default:
+        return args[2] not in moving and (args[0] not in moving or value_of(args[0]).dim() == 2)
+    if target in (aten.bmm.default, aten.baddbmm.default):
+        return all(value_of(n).dim() == 3 for n in node.all_input_nodes if n in moving)
+    if target in _ALONG:
+        dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        rank = value_of(args[0]).dim()
+        return bool(dims) and all(d % rank != 0 for d in dims)
+    if target in (aten.unsqueeze.default, aten.select.int, aten.squeeze.dim, aten.cumsum.default):
+        rank = value_of(args[0]).dim() + (target is aten.unsqueeze.default)
+        return args[1] % rank != 0
+    if target is aten.slice.Tensor:
+        return len(args) > 1 and args[1] % value_of(args[0]).dim() != 0
+    if target is aten.cat.default:
+        dim = args[1] if len(args) > 1 else 0
+        return dim % value_of(node).dim() != 0
+    if target is aten.permute.default:
+        return args[1][0] % value_of(args[0]).dim() == 0
+    if target is aten.expand.default:
+        return value_of(args[0]).dim() == value_of(node).dim() and _same_rows(args[0], node)
+    if target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return _same_rows(args[0], node)
+    if target is aten.convolution.default:
+        return args[0] in moving and args[1] not in moving and args[2] not in moving
+    return False
+
+
+def _same_rows(before: Node, after: Node) -> bool:
+    """Whether a reshape leaves the first dimension alone: contiguous rows stay rows."""
+    a: Tensor = value_of(before)
+    b: Tensor = value_of(after)
+    return a.dim() > 0 and _equal(a.shape[0], b.shape[0])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same number or the same symbol; nothing is fixed by asking."""
+    known = [getattr(getattr(size, "node", None), "expr", size) for size in (a, b)]
+    return bool(known[0] == known[1])
+
+
+def _name(node: Node) -> str:
+    name = getattr(node.target, "name", None)
+    return name() if callable(name) else str(node.target)

@@ -1,0 +1,156 @@
+"""Sums of contractions of explicit tensors with one derivative tensor, over named indices."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Index:
+    """A summation or result index.
+
+    Attributes:
+        size: How many values it has: a number or a symbolic size.
+        number: What tells it from others.
+    """
+
+    size: Any = field(compare=False)
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An explicit tensor; None where it has one element along a dimension and is repeated."""
+
+    node: Node
+    indices: tuple[Index | None, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """``φ[n] = Σₒ c[n, o] f(x, θ)[n, o]``: what is differentiated, one number per row.
+
+    Attributes:
+        body: ``f``; its first input is the point.
+        inputs: The point, and what else the body reads.
+        seed: c.
+    """
+
+    body: GraphModule = field(compare=False)
+    code: str
+    inputs: tuple[Any, ...]
+    seed: Any
+
+    @property
+    def point(self) -> Node:
+        """x, whose first dimension is the rows."""
+        return self.inputs[0]
+
+
+@dataclass(frozen=True)
+class Term:
+    """``scale · Π factors · ∂ᵏφ[n; slots]``, summed over every index that is not in the result.
+
+    Attributes:
+        base: φ.
+        row: n.
+        slots: For each of the k derivatives the indices of the point's other dimensions.
+        scale: A number.
+        factors: Explicit tensors.
+        fixed: Indices that have one value.
+    """
+
+    base: Base
+    row: Index
+    slots: tuple[tuple[Index, ...], ...]
+    scale: float = 1.0
+    factors: tuple[Factor, ...] = ()
+    fixed: Mapping[Index, int] = field(default_factory=dict)
+
+    @property
+    def order(self) -> int:
+        """k."""
+        return len(self.slots)
+
+    def renamed(self, names: Mapping[Index, Index]) -> Term | None:
+        """Return the term with indices replaced; None if it is zero, an index having two
+        values."""
+
+        def new(index: Any) -> Any:
+            return names.get(index, index)
+
+        fixed: dict[Index, int] = {}
+        for index, value in self.fixed.items():
+            if fixed.setdefault(new(index), value) != value:
+                return None
+        return replace(
+            self,
+            row=new(self.row),
+            slots=tuple(tuple(map(new, slot)) for slot in self.slots),
+            factors=tuple(Factor(f.node, tuple(map(new, f.indices))) for f in self.factors),
+            fixed=fixed,
+        )
+
+    def at(self, index: Index, value: int) -> Term | None:
+        """Return the term with an index held at a value; None if it is zero there."""
+        if self.fixed.get(index, value) != value:
+            return None
+        return replace(self, fixed={**self.fixed, index: value})
+
+    def times(self, scale: float = 1.0, *factors: Factor) -> Term:
+        """Return the term times a number and explicit tensors."""
+        return replace(self, scale=self.scale * scale, factors=(*self.factors, *factors))
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A tensor: a sum of terms.
+
+    Attributes:
+        terms: The terms.
+        dims: An index for each dimension; None for one of size 1.
+    """
+
+    terms: tuple[Term, ...]
+    dims: tuple[Index | None, ...]
+
+    def with_terms(self, terms: Sequence[Term | None]) -> Expression:
+        """Return an expression of the same dimensions; terms that are zero are left out."""
+        return replace(self, terms=tuple(term for term in terms if term is not None))
+
+    def renamed(self, names: Mapping[Index, Index]) -> Expression:
+        """Return the expression with indices replaced."""
+        dims = tuple(None if d is None else names.get(d, d) for d in self.dims)
+        return replace(self.with_terms([t.renamed(names) for t in self.terms]), dims=dims)
+
+    def at(self, dim: int, value: int) -> Expression:
+        """Return the slice at a position of a dimension, which stays with size 1."""
+        index = self.dims[dim]
+        dims = (*self.dims[:dim], None, *self.dims[dim + 1 :])
+        if index is None:
+            return self
+        return replace(self.with_terms([t.at(index, value) for t in self.terms]), dims=dims)
+
+    def permuted(self, order: Sequence[int]) -> Expression:
+        """Return the expression with its dimensions in another order."""
+        return replace(self, dims=tuple(self.dims[d] for d in order))
+
+    def times(self, scale: float = 1.0, *factors: Factor) -> Expression:
+        """Return the expression times a number and explicit tensors."""
+        return self.with_terms([t.times(scale, *factors) for t in self.terms])
+
+    def plus(self, other: Expression) -> Expression | None:
+        """Return the sum of two expressions of the same shape; None if one is repeated along a
+        dimension of the other."""
+        if [d is None for d in self.dims] != [d is None for d in other.dims]:
+            return None
+        pairs = zip(other.dims, self.dims, strict=True)
+        other = other.renamed({old: new for old, new in pairs if old is not None and new})
+        return replace(self, terms=(*self.terms, *other.terms))
