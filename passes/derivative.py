@@ -236,10 +236,20 @@ def user_function(
     return _UserFunction.apply(forward, backward, n_outputs, constant, *inputs)  # pyright: ignore[reportReturnType]
 
 
+def taylor(contractions: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
+    """Return contractions of derivatives, computed in Taylor mode by a graph of plain operators.
+
+    Args:
+        contractions: ``inputs → contractions``.
+        *inputs: Point, captured values, directions and weights.
+    """
+    return tuple(run(contractions, inputs))
+
+
 def holds_user_function(module: GraphModule) -> bool:
     """Whether a graph, or a graph inside it, calls `user_function`."""
     graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
     return any(node.target is user_function for graph in graphs for node in graph.nodes)
 
 
-OPERATORS = (gradient, tangent, jvp_over_gradient, stop)
+OPERATORS = (gradient, tangent, jvp_over_gradient, taylor, stop)

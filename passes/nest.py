@@ -191,6 +191,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     order = 1 + max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
     if not backward and derivative.holds_user_function(body):
         raise NotNested("forward mode through a user-defined autograd.Function")
+    whole = body
     if not backward and order > 1:
         body = _without_derivatives(body)
     note_site(body, name, mark)
@@ -215,6 +216,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
             "val": (*derivatives, *(value_of(n) for n in [*outputs, *escaping])),
             "site": Site(name, _operator(backward, batch_dims), order, where(mark)),
             "draws": bool(within),
+            "whole": whole,
         }
         note(node, site=name, stage="nest", role="cotangent" if backward else "tangent")
         for position, index in enumerate(answers):
@@ -276,7 +278,7 @@ def _without_derivatives(body: GraphModule) -> GraphModule:
 def _item(graph: Graph, node: Node, index: int) -> Node:
     item = graph.call_function(operator.getitem, (node, index))
     item.meta = {
-        key: value for key, value in node.meta.items() if key not in ("val", "site", "draws")
+        key: value for key, value in node.meta.items() if key not in ("val", "site", "draws", "whole")
     } | {"val": value_of(node)[index]}
     note(item, source="")
     return item

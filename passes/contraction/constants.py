@@ -10,8 +10,14 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.contraction.terms import Index
-from passes.graph import is_impure, needs, value_of
+from passes.graph import is_impure, value_of
 
+aten = torch.ops.aten
+# Of their argument they read its shape only.
+_OF_SHAPE = {
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default,
+}  # fmt: skip
 # Elements of the largest constant that is looked at.
 LARGEST = 2**25
 
@@ -45,17 +51,17 @@ class Constants:
         like = value_of(node)
         if not isinstance(like, Tensor) or not _is_small(like):
             return None
-        read = needs([node])
-        if any(is_impure(n) or n.op != "call_function" for n in read if n not in self._known):
+        if is_impure(node) or node.op != "call_function":
             return None
-        found: dict[Node, Any] = {}
+        read: dict[Node, Any] = {}
+        for source in node.all_input_nodes:
+            known = _shape_of(source) if node.target in _OF_SHAPE else self.value(source)
+            if known is None:
+                return None
+            read[source] = known
         with _disable_current_modes(), torch.no_grad():
-            for n in self.graph.nodes:
-                if n in read:
-                    args, kwargs = torch.fx.map_arg((n.args, n.kwargs), found.__getitem__)
-                    known = self._known.get(n)
-                    found[n] = n.target(*args, **kwargs) if known is None else known
-        return found[node]
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), read.__getitem__)
+            return node.target(*args, **kwargs)
 
     def apart(
         self, value: Tensor, indices: tuple[Index | None, ...]
@@ -78,6 +84,14 @@ class Constants:
                 assert b is not None
                 return float(scale), (a, b)
         return None
+
+
+def _shape_of(node: Node) -> Tensor | None:
+    """Return a tensor of a node's shape, if its sizes are numbers."""
+    like = value_of(node)
+    if not isinstance(like, Tensor) or not _is_small(like):
+        return None
+    return torch.empty(like.shape, dtype=like.dtype)
 
 
 def _is_small(like: Tensor) -> bool:

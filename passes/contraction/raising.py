@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -23,6 +24,12 @@ from passes.contraction.terms import Base, Expression, Factor, Index, Term
 from passes.graph import arguments, placeholders, reaches, results, value_of
 from passes.nest import body_of, sites
 
+aten = torch.ops.aten
+# Views that may be of all of a tensor, in order.
+_WHOLE = {
+    aten.alias.default, aten.permute.default, aten.reshape.default, aten.view.default,
+    aten.expand.default,
+}  # fmt: skip
 _DERIVATIVES = (derivative.gradient, derivative.tangent)
 
 
@@ -54,8 +61,11 @@ class Raised:
         if node.target is operator.getitem and isinstance(source, Node):
             if source.target in _DERIVATIVES:
                 return self._first_result(source) if node.args[1] == 0 else None
+            reads = source.all_input_nodes  # of a split, whose pieces are the expressions
+        else:
+            reads = node.all_input_nodes
         move = MOVES.get(node.target)
-        if move is None or not any(n in self.expressions for n in node.all_input_nodes):
+        if move is None or not any(n in self.expressions for n in reads):
             return None
         return move(self.expressions, self.constants, node)
 
@@ -74,24 +84,36 @@ class Raised:
             RowsMix: It is no contraction of a derivative tensor; the reason.
         """
         _, n_points, n_outputs, n_batch, *inputs = arguments(node)
-        body, point = body_of(self.module, node), inputs[0]
+        body, point = node.meta.get("whole") or body_of(self.module, node), inputs[0]
         if n_points != 1 or n_outputs != 1:
             raise RowsMix("a derivative at several points, or of several outputs")
         forward = node.target is derivative.tangent
         if not sites(body):
-            if forward or n_batch:
-                raise RowsMix("a first derivative in all directions")
-            check_rows(body)
-            row, *rest = (Index(size) for size in value_of(point).shape)
-            base = Base(body, body.code, tuple(inputs[:-1]), inputs[-1])
-            return Expression((Term(base, row, (tuple(rest),)),), (row, *rest))
+            if forward:
+                raise RowsMix("a first derivative in forward mode is as cheap as it can be")
+            return self._operand(body, inputs[:-1], inputs[-1], n_batch)
         outside = dict(zip(placeholders(body.graph), inputs, strict=False))
         expression = self._of_body(body, outside)
         if forward:
             return self._along(expression, inputs[-1], n_batch)
         if n_batch:
-            raise RowsMix("several seeds at once")
+            raise RowsMix("several seeds at once, of a derivative of a derivative")
         return self._pulled_back(expression, inputs[-1], value_of(point))
+
+    def _operand(
+        self, body: GraphModule, inputs: list[Any], seed: Any, n_batch: int
+    ) -> Expression:
+        """``Σₒ c[b, n, o] ∂f[n, o; j]``."""
+        check_rows(body)
+        row, *rest = (Index(size) for size in value_of(inputs[0]).shape)
+        sizes = value_of(seed).shape
+        batch = [Index(size) for size in sizes[:n_batch]]
+        outs = tuple(Index(size) for size in sizes[n_batch + 1 :])
+        dims = (*batch, row, *rest)
+        base = Base(body, body.code, tuple(inputs))
+        term = Term(base, row, outs, (tuple(rest),))
+        term = term.times(1.0, Factor(seed, (*batch, row, *outs)))
+        return Expression((self._simple(term, dims),), dims)
 
     def _of_body(self, body: GraphModule, outside: dict[Node, Any]) -> Expression:
         """Return what a body computes, in terms of what is given for its inputs."""
@@ -104,13 +126,13 @@ class Raised:
         moving = reaches([point])
         terms = []
         for term in expression.terms:
-            read = [f.node for f in term.factors] + [*term.base.inputs[1:], term.base.seed]
-            if term.base.point is not point or any(n in moving for n in read):
+            read = [*(f.node for f in term.factors), *term.base.inputs[1:]]
+            if same_as(term.base.point) is not point or any(n in moving for n in read):
                 raise RowsMix("an inner derivative at another point, or with a factor that moves")
             if any(isinstance(n, Node) and n not in outside for n in read):
                 raise RowsMix("an inner derivative reads what its body computes")
-            given = tuple(outside.get(n, n) for n in term.base.inputs)
-            base = replace(term.base, inputs=given, seed=outside.get(term.base.seed))
+            given = (outside[point], *(outside.get(n, n) for n in term.base.inputs[1:]))
+            base = replace(term.base, inputs=given)
             factors = tuple(Factor(outside[f.node], f.indices) for f in term.factors)
             terms.append(replace(term, base=base, factors=factors))
         return expression.with_terms(terms)
@@ -161,3 +183,19 @@ class Raised:
             assert moved is not None
             return self._simple(moved, dims)
         return term
+
+
+def same_as(node: Any) -> Any:
+    """Return the node that a view of all of it, in order, is made of."""
+    while isinstance(node, Node) and node.target in _WHOLE:
+        source: Any = node.args[0]
+        if node.target is aten.permute.default and list(arguments(node)[1]) != sorted(
+            arguments(node)[1]
+        ):
+            break
+        if node.target not in (aten.alias.default, aten.permute.default) and (
+            value_of(source).shape != value_of(node).shape
+        ):
+            break
+        node = source
+    return node

@@ -83,6 +83,8 @@ def _keeps_rows(node: Node, moving: set[Node]) -> bool:
     if target in (aten.unsqueeze.default, aten.select.int, aten.squeeze.dim, aten.cumsum.default):
         rank = value_of(args[0]).dim() + (target is aten.unsqueeze.default)
         return args[1] % rank != 0
+    if target is aten.squeeze.dims:
+        return all(d % value_of(args[0]).dim() != 0 for d in args[1])
     if target is aten.slice.Tensor:
         return len(args) > 1 and args[1] % value_of(args[0]).dim() != 0
     if target is aten.cat.default:

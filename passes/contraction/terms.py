@@ -35,18 +35,17 @@ class Factor:
 
 @dataclass(frozen=True)
 class Base:
-    """``φ[n] = Σₒ c[n, o] f(x, θ)[n, o]``: what is differentiated, one number per row.
+    """``f(x, θ)[n, o]``: what is differentiated, row by row.
 
     Attributes:
-        body: ``f``; its first input is the point.
+        body: ``f``; its first input is the point, its first result counts.
+        code: What the body computes; two bodies of the same code are one.
         inputs: The point, and what else the body reads.
-        seed: c.
     """
 
     body: GraphModule = field(compare=False)
     code: str
     inputs: tuple[Any, ...]
-    seed: Any
 
     @property
     def point(self) -> Node:
@@ -56,11 +55,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Term:
-    """``scale · Π factors · ∂ᵏφ[n; slots]``, summed over every index that is not in the result.
+    """``scale · Π factors · ∂ᵏf[n, outs; slots]``, summed over every index that is not in the
+    result.
 
     Attributes:
-        base: φ.
+        base: f.
         row: n.
+        outs: The indices of the dimensions of f's result after the first.
         slots: For each of the k derivatives the indices of the point's other dimensions.
         scale: A number.
         factors: Explicit tensors.
@@ -69,6 +70,7 @@ class Term:
 
     base: Base
     row: Index
+    outs: tuple[Index, ...]
     slots: tuple[tuple[Index, ...], ...]
     scale: float = 1.0
     factors: tuple[Factor, ...] = ()
@@ -93,6 +95,7 @@ class Term:
         return replace(
             self,
             row=new(self.row),
+            outs=tuple(map(new, self.outs)),
             slots=tuple(tuple(map(new, slot)) for slot in self.slots),
             factors=tuple(Factor(f.node, tuple(map(new, f.indices))) for f in self.factors),
             fixed=fixed,
