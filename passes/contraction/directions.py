@@ -35,7 +35,7 @@ class Part:
         factors: Explicit tensors, see `passes.contraction.terms.Factor`.
         fixed: Values of indices that occur in factors or in the result.
         indices: Those of f's result: the row, and f's other dimensions.
-        direction: v.
+        direction: v; None for k = 0.
         order: k.
     """
 
@@ -43,7 +43,7 @@ class Part:
     indices: tuple[Index, ...]
     factors: tuple[Factor, ...]
     fixed: Mapping[Index, int]
-    direction: Direction
+    direction: Direction | None
     order: int
 
     @property
@@ -97,8 +97,11 @@ def _along_single_directions(term: Term, dims: Sequence[Index | None]) -> Iterat
     left = {i for f in factors for i in f.indices if i is not None and i not in term.fixed}
     if not left <= {term.row, *term.outs, *dims}:
         raise NotPlanned("an explicit tensor is summed over an index of its own")
+    indices = (term.row, *term.outs)
+    if not slots:
+        yield Part(term.scale, indices, factors, term.fixed, None, 0)
+        return
     for scale, direction in polarized([vector for vector, _ in slots]):
-        indices = (term.row, *term.outs)
         yield Part(term.scale * scale, indices, factors, term.fixed, direction, term.order)
 
 
@@ -156,7 +159,7 @@ def nodes_of(parts: Sequence[Part]) -> list[Node]:
     """Return the explicit tensors that parts read, each once."""
     found: dict[Node, None] = {}
     for part in parts:
-        for vector, _ in part.direction:
+        for vector, _ in part.direction or ():
             if vector[0] == "product":
                 found.update(dict.fromkeys(node for node, _ in vector[1:]))
         found.update(dict.fromkeys(f.node for f in part.factors))

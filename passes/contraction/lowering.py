@@ -12,19 +12,25 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.contraction.directions import Direction, Part, nodes_of
-from passes.contraction.terms import Base, Expression, Factor, Index
+from passes.contraction.terms import Base, Factor, Index
 from passes.graph import value_of
 from passes.taylor import Jets, push_series
-from passes.taylor.jets import Series
+from passes.taylor.jets import Series, plus
 from passes.tracing import fake_mode_of, trace
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A node whose value is asked for, as derivatives along single directions."""
+    """A value that is asked for, as derivatives along single directions.
 
-    node: Node
-    expression: Expression
+    Attributes:
+        like: Its example value.
+        dims: The index of each dimension.
+        parts: What it is the sum of.
+    """
+
+    like: Tensor
+    dims: tuple[Index | None, ...]
     parts: tuple[Part, ...]
 
 
@@ -50,7 +56,7 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
         NoSeries: An operator of the body has no Taylor rule.
     """
     parts = [part for demand in demands for part in demand.parts]
-    directions = list(dict.fromkeys(part.direction for part in parts))
+    directions = list(dict.fromkeys(p.direction for p in parts if p.direction is not None))
     order = max(part.order for part in parts)
     last = [d for d in demands if any(p.order == order for p in d.parts)]
     collapsed = len(last) == 1 and order > 1 and _is_linear_in_numbers(last[0], order)
@@ -67,8 +73,9 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
             weights = _weights(last[0], directions, order, given, point)
         jets = Jets(order, weights)
         start = Series((along, *[None] * (order - 1)))
-        _, found = push_series(base.body, jets, body_inputs, [start, *[None] * (len(body_inputs) - 1)])
-        terms = found[0].terms
+        still = [None] * (len(body_inputs) - 1)
+        values, found = push_series(base.body, jets, body_inputs, [start, *still])
+        terms = [values[0], *found[0].terms]
         return [_value(demand, terms, directions, given, jets) for demand in demands]
 
     module = trace(run, examples, fake_mode_of(examples))
@@ -86,7 +93,7 @@ def _is_linear_in_numbers(demand: Demand, order: int) -> bool:
     with the same explicit tensors along the result's dimensions."""
     highest = [part for part in demand.parts if part.order == order]
     return all(
-        part.left == highest[0].left and not any(d in part.fixed for d in demand.expression.dims)
+        part.left == highest[0].left and not any(d in part.fixed for d in demand.dims)
         for part in highest
     )
 
@@ -167,25 +174,28 @@ def _value(
     jets: Jets,
 ) -> Tensor:
     """Put a demand together from the coefficients along each direction."""
-    like = value_of(demand.node)
-    total = terms[0].new_zeros(()) if isinstance(terms[0], Tensor) else torch.zeros_like(like)
+    total = None
     collapsed = False
     for part in demand.parts:
-        term = terms[part.order - 1]
+        term = terms[part.order]
         if term is None or (jets.is_collapsed(part.order) and collapsed):
             continue
         if jets.is_collapsed(part.order):
             collapsed, factors, fixed = True, part.left, {}
         else:
-            term = term[directions.index(part.direction)]
-            term = term * (part.scale * math.factorial(part.order))
+            if part.direction is not None:
+                term = term[directions.index(part.direction)]
+            scale = part.scale * math.factorial(part.order)
+            term = term if scale == 1 else term * scale
             factors, fixed = part.factors, part.fixed
         operands = [(term, part.indices)]
         for factor in factors:
             left = [i for i in factor.indices if i is not None and i not in part.fixed]
             operands.append((_read(factor, part.fixed, given), tuple(left)))
-        total = total + _contracted(operands, demand.expression.dims, fixed, like)
-    return total.expand(like.shape)
+        total = plus(total, _contracted(operands, demand.dims, fixed, demand.like))
+    if total is None:
+        return terms[0].new_zeros(demand.like.shape)
+    return total.expand(demand.like.shape)
 
 
 def _contracted(

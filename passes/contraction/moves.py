@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from passes.contraction.constants import Constants
 from passes.contraction.terms import Expression, Factor, Index
+from passes.contraction.rows import is_same_size
 from passes.graph import arguments, value_of
 
 aten = torch.ops.aten
@@ -100,7 +101,7 @@ def _reshape(known: Known, constants: Constants, node: Node) -> Expression | Non
     for size in sizes:
         if isinstance(size, int) and size == 1:
             dims.append(None)
-        elif kept and _is_same_size(kept[0][1], size):
+        elif kept and is_same_size(kept[0][1], size):
             dims.append(kept.pop(0)[0])
         else:
             return None
@@ -124,7 +125,7 @@ def _diagonal(known: Known, constants: Constants, node: Node) -> Expression | No
         return None
     a, b = a % len(found.dims), b % len(found.dims)
     first, second = found.dims[a], found.dims[b]
-    if first is None or second is None or not _is_same_size(first.size, second.size):
+    if first is None or second is None or not is_same_size(first.size, second.size):
         return None
     joined = found.renamed({second: first})
     rest = [d for i, d in enumerate(joined.dims) if i not in (a, b)]
@@ -194,7 +195,7 @@ def _sum(known: Known, constants: Constants, node: Node) -> Expression | None:
 
 def _has(term: Any, index: Index) -> bool:
     """Whether a term depends on an index: its sum is not a multiple of it."""
-    used = {term.row, *(i for slot in term.slots for i in slot), *term.fixed}
+    used = {term.row, *term.outs, *(i for slot in term.slots for i in slot), *term.fixed}
     return index in used or any(index in factor.indices for factor in term.factors)
 
 
@@ -249,7 +250,7 @@ def _pieces(known: Known, constants: Constants, node: Node) -> Expression | None
     if source.target is aten.unbind.int:
         held = found.at(dim, position)
         return replace(held, dims=(*held.dims[:dim], *held.dims[dim + 1 :]))
-    if _is_same_size(_size(source.args[0], dim), _size(node, dim)):
+    if is_same_size(_size(source.args[0], dim), _size(node, dim)):
         return found
     if _is_one(_size(node, dim)) and all(_is_one(v.shape[dim]) for v in value_of(source)):
         return found.at(dim, position)
@@ -309,11 +310,6 @@ def _size(node: Any, dim: int) -> Any:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def _is_same_size(a: Any, b: Any) -> bool:
-    known = [getattr(getattr(size, "node", None), "expr", size) for size in (a, b)]
-    return bool(known[0] == known[1])
 
 
 MOVES: dict[Any, Move] = {

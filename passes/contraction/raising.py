@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes import derivative
 from passes.contraction.constants import Constants
 from passes.contraction.moves import MOVES
-from passes.contraction.rows import RowsMix, check_rows
+from passes.contraction.rows import Rows, RowsMix
 from passes.contraction.terms import Base, Expression, Factor, Index, Term
-from passes.graph import arguments, placeholders, reaches, results, value_of
+from passes.graph import arguments, needs, placeholders, reaches, results, value_of
 from passes.nest import body_of, sites
 
 aten = torch.ops.aten
@@ -39,90 +39,105 @@ class Raised:
     Args:
         module: A derivative graph, or the body of a derivative node.
         known: Inputs of the graph that are constants, and their values.
+        point: In a body, the input that it is differentiated at: what keeps its rows apart, and
+            holds no derivative, is an operand too.
 
     Attributes:
         expressions: Node → what it is.
         refusals: Derivative node → why it is no operand.
     """
 
-    def __init__(self, module: GraphModule, known: dict[Node, Tensor] | None = None) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: GraphModule,
+        known: dict[Node, Tensor] | None = None,
+        point: Node | None = None,
+    ) -> None:
+        self.module, self.point = module, point
         self.constants = Constants(module.graph, known)
         self.expressions: dict[Node, Expression] = {}
         self.refusals: dict[Node, str] = {}
+        self._rows = None if point is None else Rows(module.graph, point)
         for node in module.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and not self._is_operand(node):
                 found = self._raised(node)
                 if found is not None:
                     self.expressions[node] = found
 
+    def result(self, position: int) -> Expression:
+        """Return a result of a body.
+
+        Raises:
+            RowsMix: It is not linear in operands.
+        """
+        result = results(self.module.graph)[position]
+        found = self._known(result) if isinstance(result, Node) else None
+        if found is not None:
+            return found
+        assert self._rows is not None
+        reasons = [*self.refusals.values(), *self._rows.reasons.values()]
+        raise RowsMix(reasons[0] if reasons else "an inner derivative is not used linearly")
+
+    def _is_operand(self, node: Node) -> bool:
+        return self._rows is not None and node in self._rows.kept
+
+    def _known(self, node: Node) -> Expression | None:
+        if node not in self.expressions and self._is_operand(node):
+            self.expressions[node] = self._operand(node)
+        return self.expressions.get(node)
+
+    def _operand(self, node: Node) -> Expression:
+        """``f[n, o]``: a value, none of whose rows depends on another row of the point."""
+        assert self.point is not None
+        inputs = placeholders(self.module.graph)
+        first = [self.point, *(n for n in inputs if n is not self.point)]
+        body = up_to(self.module, first, node)
+        row, *outs = (Index(size) for size in value_of(node).shape)
+        base = Base(body, body.code, tuple(first))
+        return Expression((Term(base, row, tuple(outs), ()),), (row, *outs))
+
     def _raised(self, node: Node) -> Expression | None:
         source = node.args[0] if node.args else None
+        reads = node.all_input_nodes
         if node.target is operator.getitem and isinstance(source, Node):
             if source.target in _DERIVATIVES:
-                return self._first_result(source) if node.args[1] == 0 else None
+                return self._result_of(source, arguments(node)[1])
             reads = source.all_input_nodes  # of a split, whose pieces are the expressions
-        else:
-            reads = node.all_input_nodes
         move = MOVES.get(node.target)
-        if move is None or not any(n in self.expressions for n in reads):
+        if move is None or not any(self._known(n) is not None for n in list(reads)):
             return None
         return move(self.expressions, self.constants, node)
 
-    def _first_result(self, node: Node) -> Expression | None:
+    def _result_of(self, node: Node, position: int) -> Expression | None:
+        """Return the derivative that a node computes, or the value of what is differentiated."""
+        _, n_points, n_outputs, n_batch, *inputs = arguments(node)
         try:
-            return self._derivative(node)
+            if n_points != 1 or n_outputs != 1:
+                raise RowsMix("a derivative at several points, or of several outputs")
+            # The body with the derivatives inside it, which forward mode takes apart.
+            body = node.meta.get("whole") or body_of(self.module, node)
+            forward = node.target is derivative.tangent
+            if forward and not sites(body):
+                raise RowsMix("a first derivative in forward mode is as cheap as it can be")
+            outside = dict(zip(placeholders(body.graph), inputs, strict=False))
+            expression = self._of_body(body, outside, max(position - 1, 0))
+            if position > 0:
+                return expression
+            if forward:
+                return self._along(expression, inputs[-1], n_batch)
+            return self._pulled_back(expression, inputs[-1], n_batch, value_of(inputs[0]))
         except RowsMix as reason:
             self.refusals[node] = str(reason)
             return None
 
-    def _derivative(self, node: Node) -> Expression:
-        """Return the derivative of what the body of a node computes, times its seed or
-        direction.
+    def _of_body(self, body: GraphModule, outside: dict[Node, Any], position: int) -> Expression:
+        """Return a result of a body, in terms of what is given for its inputs.
 
         Raises:
-            RowsMix: It is no contraction of a derivative tensor; the reason.
+            RowsMix: It is not linear in operands whose rows are apart.
         """
-        _, n_points, n_outputs, n_batch, *inputs = arguments(node)
-        body, point = node.meta.get("whole") or body_of(self.module, node), inputs[0]
-        if n_points != 1 or n_outputs != 1:
-            raise RowsMix("a derivative at several points, or of several outputs")
-        forward = node.target is derivative.tangent
-        if not sites(body):
-            if forward:
-                raise RowsMix("a first derivative in forward mode is as cheap as it can be")
-            return self._operand(body, inputs[:-1], inputs[-1], n_batch)
-        outside = dict(zip(placeholders(body.graph), inputs, strict=False))
-        expression = self._of_body(body, outside)
-        if forward:
-            return self._along(expression, inputs[-1], n_batch)
-        if n_batch:
-            raise RowsMix("several seeds at once, of a derivative of a derivative")
-        return self._pulled_back(expression, inputs[-1], value_of(point))
-
-    def _operand(
-        self, body: GraphModule, inputs: list[Any], seed: Any, n_batch: int
-    ) -> Expression:
-        """``Σₒ c[b, n, o] ∂f[n, o; j]``."""
-        check_rows(body)
-        row, *rest = (Index(size) for size in value_of(inputs[0]).shape)
-        sizes = value_of(seed).shape
-        batch = [Index(size) for size in sizes[:n_batch]]
-        outs = tuple(Index(size) for size in sizes[n_batch + 1 :])
-        dims = (*batch, row, *rest)
-        base = Base(body, body.code, tuple(inputs))
-        term = Term(base, row, outs, (tuple(rest),))
-        term = term.times(1.0, Factor(seed, (*batch, row, *outs)))
-        return Expression((self._simple(term, dims),), dims)
-
-    def _of_body(self, body: GraphModule, outside: dict[Node, Any]) -> Expression:
-        """Return what a body computes, in terms of what is given for its inputs."""
-        inner = Raised(body, self.constants.inside(outside))
-        expression = inner.expressions.get(results(body.graph)[0])
-        if expression is None:
-            reasons = list(inner.refusals.values())
-            raise RowsMix(reasons[0] if reasons else "an inner derivative is not used linearly")
         point = placeholders(body.graph)[0]
+        expression = Raised(body, self.constants.inside(outside), point).result(position)
         moving = reaches([point])
         terms = []
         for term in expression.terms:
@@ -137,18 +152,21 @@ class Raised:
             terms.append(replace(term, base=base, factors=factors))
         return expression.with_terms(terms)
 
-    def _pulled_back(self, expression: Expression, seed: Any, point: Tensor) -> Expression:
-        """``∂/∂x[n, j] Σ s[…] E[…]``: rows are apart, so n is E's own row."""
-        slot = tuple(Index(size) for size in point.shape[1:])
-        row = Index(point.shape[0])
-        dims = (row, *slot)
+    def _pulled_back(
+        self, expression: Expression, seed: Any, n_batch: int, point: Tensor
+    ) -> Expression:
+        """``∂/∂x[n, j] Σ s[b, …] E[…]``: rows are apart, so n is E's own row."""
+        row, *rest = (Index(size) for size in point.shape)
+        batch = [Index(size) for size in value_of(seed).shape[:n_batch]]
+        dims = (*batch, row, *rest)
         terms = []
         for term in expression.terms:
             names = {term.row: row}
             moved = term.renamed(names)
             assert moved is not None
-            seeds = tuple(None if d is None else names.get(d, d) for d in expression.dims)
-            moved = replace(moved, slots=(*moved.slots, slot)).times(1.0, Factor(seed, seeds))
+            seeds = [None if d is None else names.get(d, d) for d in expression.dims]
+            factor = Factor(seed, (*batch, *seeds))
+            moved = replace(moved, slots=(*moved.slots, tuple(rest))).times(1.0, factor)
             terms.append(self._simple(moved, dims))
         return Expression(tuple(terms), dims)
 
@@ -199,3 +217,15 @@ def same_as(node: Any) -> Any:
             break
         node = source
     return node
+
+
+def up_to(module: GraphModule, inputs: Sequence[Node], node: Node) -> GraphModule:
+    """Return the graph that computes a node from the given inputs."""
+    graph = Graph()
+    copies = {source: graph.node_copy(source) for source in inputs}
+    read = needs([node])
+    for source in module.graph.nodes:
+        if source in read and source not in copies:
+            copies[source] = graph.node_copy(source, copies.__getitem__)
+    graph.output((copies[node],))
+    return GraphModule(module, graph)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
-from passes.graph import placeholders, reaches, results, value_of, where
+from passes.graph import reaches, value_of, where
 from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
 
 aten = torch.ops.aten
@@ -36,30 +36,40 @@ _ALONG = {
 }  # fmt: skip
 
 
-def check_rows(body: GraphModule) -> None:
-    """Check that row n of every output, its first dimension, depends on row n of the point alone.
+class Rows:
+    """What of a body keeps the rows of its point apart, and holds no derivative.
 
     Args:
-        body: Its first input is the point.
+        graph: The body.
+        point: One of its inputs.
 
-    Raises:
-        RowsMix: An operator mixes rows, or is not known not to; names it and its line.
+    Attributes:
+        kept: The nodes that depend on the point, row n, the first dimension, on row n alone.
+        reasons: Other nodes that depend on the point, and read only nodes of ``kept`` → why they
+            are not of them.
     """
-    point = placeholders(body.graph)[0]
-    rows = value_of(point).shape[:1]
-    if not rows:
-        raise RowsMix("the point has no rows")
-    moving = reaches([point])
-    for node in body.graph.nodes:
-        if node not in moving or node.op != "call_function":
-            continue
-        values = value_of(node)
-        whole = not isinstance(values, (tuple, list))
-        keeps = whole and values.dim() > 0 and _equal(values.shape[0], rows[0])
-        if not keeps or not _keeps_rows(node, moving):
-            raise RowsMix(f"rows mix at {_name(node)}, {where(node)}")
-    if not any(n in moving for n in results(body.graph)[:1]):
-        raise RowsMix("the output does not depend on the point")
+
+    def __init__(self, graph: Graph, point: Node) -> None:
+        moving = reaches([point])
+        rows = value_of(point).shape[:1]
+        self.kept = {point} if rows else set[Node]()
+        self.reasons = {} if rows else {point: "the point has no rows"}
+        for node in graph.nodes:
+            if node not in moving or node.op != "call_function":
+                continue
+            if not all(n in self.kept for n in node.all_input_nodes if n in moving):
+                continue
+            value = value_of(node)
+            whole = isinstance(value, Tensor) and value.dim() > 0
+            if (
+                whole
+                and is_same_size(value.shape[0], rows[0])
+                and "site" not in node.meta
+                and _keeps_rows(node, moving)
+            ):
+                self.kept.add(node)
+            else:
+                self.reasons[node] = f"rows mix at {_name(node)}, {where(node)}"
 
 
 def _keeps_rows(node: Node, moving: set[Node]) -> bool:
@@ -105,10 +115,10 @@ def _same_rows(before: Node, after: Node) -> bool:
     """Whether a reshape leaves the first dimension alone: contiguous rows stay rows."""
     a: Tensor = value_of(before)
     b: Tensor = value_of(after)
-    return a.dim() > 0 and _equal(a.shape[0], b.shape[0])
+    return a.dim() > 0 and is_same_size(a.shape[0], b.shape[0])
 
 
-def _equal(a: Any, b: Any) -> bool:
+def is_same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are the same number or the same symbol; nothing is fixed by asking."""
     known = [getattr(getattr(size, "node", None), "expr", size) for size in (a, b)]
     return bool(known[0] == known[1])
