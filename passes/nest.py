@@ -278,7 +278,9 @@ def _without_derivatives(body: GraphModule) -> GraphModule:
 def _item(graph: Graph, node: Node, index: int) -> Node:
     item = graph.call_function(operator.getitem, (node, index))
     item.meta = {
-        key: value for key, value in node.meta.items() if key not in ("val", "site", "draws", "whole")
+        key: value
+        for key, value in node.meta.items()
+        if key not in ("val", "site", "draws", "whole")
     } | {"val": value_of(node)[index]}
     note(item, source="")
     return item

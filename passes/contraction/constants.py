@@ -61,7 +61,8 @@ class Constants:
             read[source] = known
         with _disable_current_modes(), torch.no_grad():
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), read.__getitem__)
-            return node.target(*args, **kwargs)
+            operator: Any = node.target
+            return operator(*args, **kwargs)
 
     def apart(
         self, value: Tensor, indices: tuple[Index | None, ...]

@@ -116,10 +116,10 @@ def _vector(term: Term, slot: tuple[Index, ...]) -> tuple[Vector, tuple[Factor, 
     for factor in factors:
         at: list[Any] = []
         for index in factor.indices:
-            if index in term.fixed:
-                at.append(("at", term.fixed[index]))
-            elif index is None or index == term.row:
+            if index is None or index == term.row:
                 at.append("row" if index == term.row else None)
+            elif index in term.fixed:
+                at.append(("at", term.fixed[index]))
             else:
                 at.append(slot.index(index))
         places.append((factor.node, tuple(at)))

@@ -109,7 +109,7 @@ def _weights(
     zero = point.new_zeros(())
     found = [zero] * len(directions)
     for part in demand.parts:
-        if part.order == order:
+        if part.order == order and part.direction is not None:
             at = directions.index(part.direction)
             weight = zero + part.scale * math.factorial(order)
             for factor in part.factors:
@@ -157,7 +157,9 @@ def _vector(vector: Any, point: Tensor, given: Mapping[Any, Any]) -> Tensor:
                 value = value.select(dim, places[dim][1])
             elif places[dim] is None:
                 value = value.select(dim, 0)
-        left = [0 if p == "row" else p + 1 for p in places if p is not None and not isinstance(p, tuple)]
+        left = [
+            0 if p == "row" else p + 1 for p in places if p is not None and not isinstance(p, tuple)
+        ]
         value = value.permute(sorted(range(len(left)), key=left.__getitem__))
         for dim in range(point.dim()):
             if dim not in left:
@@ -181,7 +183,8 @@ def _value(
         if term is None or (jets.is_collapsed(part.order) and collapsed):
             continue
         if jets.is_collapsed(part.order):
-            collapsed, factors, fixed = True, part.left, {}
+            collapsed, factors = True, part.left
+            fixed: Mapping[Index, int] = {}
         else:
             if part.direction is not None:
                 term = term[directions.index(part.direction)]

@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 from passes.contraction.constants import Constants
-from passes.contraction.terms import Expression, Factor, Index
 from passes.contraction.rows import is_same_size
+from passes.contraction.terms import Expression, Factor, Index
 from passes.graph import arguments, value_of
 
 aten = torch.ops.aten

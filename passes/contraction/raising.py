@@ -1,8 +1,8 @@
 """Read a derivative graph as contractions of derivative tensors.
 
-A derivative node with a body without derivatives is an operand ``∂φ``; one whose body contains such
-a node is a derivative of what that body makes of it, which is linear in it. Views, sums and products
-with explicit tensors only move indices.
+What of a body keeps the rows of its point apart is an operand ``f``; a derivative of what is linear
+in operands is linear in operands of the next order. Views, sums and products with explicit tensors
+only move indices.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Raised:
         self.constants = Constants(module.graph, known)
         self.expressions: dict[Node, Expression] = {}
         self.refusals: dict[Node, str] = {}
+        # What is computed from derivatives is no factor of them: they are computed together.
+        self._derived = reaches([n for n in module.graph.nodes if "site" in n.meta])
         self._rows = None if point is None else Rows(module.graph, point)
         for node in module.graph.nodes:
             if node.op == "call_function" and not self._is_operand(node):
@@ -104,7 +106,12 @@ class Raised:
                 return self._result_of(source, arguments(node)[1])
             reads = source.all_input_nodes  # of a split, whose pieces are the expressions
         move = MOVES.get(node.target)
-        if move is None or not any(self._known(n) is not None for n in list(reads)):
+        known = [self._known(n) is not None for n in list(reads)]
+        if move is None or not any(known):
+            return None
+        if any(
+            n in self._derived and not is_known for n, is_known in zip(reads, known, strict=True)
+        ):
             return None
         return move(self.expressions, self.constants, node)
 

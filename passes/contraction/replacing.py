@@ -64,8 +64,8 @@ def replace_contractions(
                     del asked[node]
                 break
     _replace(module, asked, lowered)
-    drop_dead(module.graph)
     sort_nodes(module.graph)
+    drop_dead(module.graph)
     module.recompile()
     left = {site.name for site in all_sites(module, sites(module))}
     return names - left, {name: why for name, why in reasons.items() if name in left}

@@ -125,5 +125,5 @@ def is_same_size(a: Any, b: Any) -> bool:
 
 
 def _name(node: Node) -> str:
-    name = getattr(node.target, "name", None)
-    return name() if callable(name) else str(node.target)
+    target = node.target
+    return target.name() if isinstance(target, torch._ops.OpOverload) else str(target)
