@@ -129,8 +129,8 @@ def _vector(term: Term, slot: tuple[Index, ...]) -> tuple[Vector, tuple[Factor, 
 def polarized(vectors: Sequence[Vector]) -> list[tuple[float, Direction]]:
     """Return ``Dᵏφ(v₁, …, vₖ)`` as a sum of ``Dᵏφ(s, …, s)``.
 
-    For two vectors ``½ (D²(v + w) − D²(v) − D²(w))``, whose pure terms are often wanted anyway; else
-    ``1/(2ᵏ⁻¹ k!) Σ Πε · Dᵏ(v₁ + Σ εᵢ vᵢ)`` over the signs.
+    For two vectors ``½ (D²(v + w) − D²(v) − D²(w))``, whose pure terms are often wanted anyway;
+    else ``1/(2ᵏ⁻¹ k!) Σ Πε · Dᵏ(v₁ + Σ εᵢ vᵢ)`` over the signs.
     """
     count = len(vectors)
     if len(set(vectors)) == 1:

@@ -65,14 +65,14 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
 
     def run(*values: Any) -> list[Tensor]:
         given = dict(zip([n if isinstance(n, Node) else None for n in inputs], values, strict=True))
-        body_inputs = list(values[: len(base.inputs)])
+        body_inputs: list[Any] = list(values[: len(base.inputs)])
         point = body_inputs[0]
         along = torch.stack([_direction(d, point, given) for d in directions])
         weights = None
         if collapsed:
             weights = _weights(last[0], directions, order, given, point)
         jets = Jets(order, weights)
-        start = Series((along, *[None] * (order - 1)))
+        start = Series((along, *(None for _ in range(1, order))))
         still = [None] * (len(body_inputs) - 1)
         values, found = push_series(base.body, jets, body_inputs, [start, *still])
         terms = [values[0], *found[0].terms]

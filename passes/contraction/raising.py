@@ -106,12 +106,10 @@ class Raised:
                 return self._result_of(source, arguments(node)[1])
             reads = source.all_input_nodes  # of a split, whose pieces are the expressions
         move = MOVES.get(node.target)
-        known = [self._known(n) is not None for n in list(reads)]
-        if move is None or not any(known):
+        if move is None:
             return None
-        if any(
-            n in self._derived and not is_known for n, is_known in zip(reads, known, strict=True)
-        ):
+        explicit = [n for n in list(reads) if self._known(n) is None]
+        if len(explicit) == len(reads) or self._derived.intersection(explicit):
             return None
         return move(self.expressions, self.constants, node)
 
