@@ -21,7 +21,7 @@ from passes.contraction.constants import Constants
 from passes.contraction.moves import MOVES
 from passes.contraction.rows import Rows, RowsMix
 from passes.contraction.terms import Base, Expression, Factor, Index, Term
-from passes.graph import arguments, needs, placeholders, reaches, results, value_of
+from passes.graph import arguments, is_random, needs, placeholders, reaches, results, value_of
 from passes.nest import body_of, sites
 
 aten = torch.ops.aten
@@ -142,6 +142,8 @@ class Raised:
             RowsMix: It is not linear in operands whose rows are apart.
         """
         point = placeholders(body.graph)[0]
+        if any(is_random(node) for node in body.graph.nodes):
+            raise RowsMix("a random draw inside")
         expression = Raised(body, self.constants.inside(outside), point).result(position)
         moving = reaches([point])
         terms = []

@@ -6,15 +6,18 @@ from collections.abc import Mapping, MutableMapping
 
 from torch.fx import GraphModule, Node
 
-from passes.nest import sites
+from passes.graph import placeholders
+from passes.nest import active_nodes, sites
+from passes.strategies import taylor
 from passes.strategies.base import Refused, Strategy
 from passes.strategies.jvp_over_gradient import JvpOverGradient
 from passes.strategies.reverse import Reverse
 
 REVERSE = Reverse()
-# In order of preference at equal price.
+# Those of a single site. Where one is refused the next is taken.
 STRATEGIES: tuple[Strategy, ...] = (JvpOverGradient(), REVERSE)
-NAMES = tuple(strategy.name for strategy in STRATEGIES)
+# In order of preference at equal price.
+NAMES = (*(strategy.name for strategy in STRATEGIES), taylor.NAME)
 
 
 def put_in_form(
@@ -37,8 +40,12 @@ def put_in_form(
         one name for all; the outermost one counts.
     """
     by_name = {strategy.name: strategy for strategy in STRATEGIES}
-    found: dict[str, str] = {}
+    by_name[taylor.NAME] = STRATEGIES[0]  # of what is no contraction
     own: dict[str, str] = {}
+    contracted = {name for name, strategy in wish.items() if strategy == taylor.NAME}
+    found = taylor.contract(module, contracted, refusals) if contracted else {}
+    if found:
+        active = active_nodes(module, active.intersection(placeholders(module.graph)))
 
     def inside(body: GraphModule, nodes: set[Node]) -> dict[str, str]:
         return put_in_form(body, nodes, wish, refusals)
