@@ -11,7 +11,7 @@ from passes.graph import print_graph
 from passes.joint import Roles
 from passes.nest import Site
 from passes.price import evaluated, size_hints
-from passes.strategies import NAMES
+from passes.strategies import NAMES, TAYLOR
 from rewriter.as_written import AsWritten
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate, Form, Forms
@@ -188,8 +188,10 @@ def _asked(found: Sequence[Site], options: Options) -> dict[str, str]:
 
 
 def _refusals(forms: Forms, tried: Sequence[Form]) -> dict[tuple[str, str], str]:
-    """Return what was refused and is in no form."""
+    """Return what was refused and is in no form; that a first derivative is no second one needs no
+    word."""
     took = {item for form in tried for item in form.candidate.strategies.items()}
+    took |= {(site.name, TAYLOR) for site in forms.sites if site.order == 1}
     return {key: reason for key, reason in forms.refusals.items() if key not in took}
 
 
@@ -201,9 +203,9 @@ def _refuse_if_strict(
     options: Options,
 ) -> None:
     for site in found:
-        reasons = [reason for (name, _), reason in refusals.items() if name == site.name]
+        reason = refusals.get((site.name, NAMES[0]))
         is_left = taken.strategies[site.name] == REVERSE and site.name not in asked
-        if options.strict and is_left and reasons:
+        if options.strict and is_left and reason:
             raise NotRewritten(
-                f"strict=True: {site.name} at {site.where} would stay as written: {reasons[0]}"
+                f"strict=True: {site.name} at {site.where} would stay as written: {reason}"
             )

@@ -36,9 +36,7 @@ def code_for(
         on_switch: Called when compiled code is there for the next call.
         static: See `rewriter.codegen.compile_graph`.
     """
-    make = functools.partial(
-        compile_graph, module, options.backend, options.mode, static=static
-    )
+    make = functools.partial(compile_graph, module, options.backend, options.mode, static=static)
     if options.start == "tiered" and options.backend == "inductor" and has_compiler(module):
         try:
             return Tiered(module, options, what, make, on_switch)

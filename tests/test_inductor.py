@@ -148,6 +148,8 @@ def test_autocast_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         optimize_nested(in_full, strict=True)(net, x)
     assert seen == [False]
+
+
 def test_convolutions_copy_no_weights() -> None:
     """Inductor would make a channels-last copy of the weight in every step."""
     weight = torch.randn(64, 64, 5, 5, requires_grad=True)

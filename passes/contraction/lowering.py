@@ -74,8 +74,8 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
         jets = Jets(order, weights)
         start = Series((along, *(None for _ in range(1, order))))
         still = [None] * (len(body_inputs) - 1)
-        values, found = push_series(base.body, jets, body_inputs, [start, *still])
-        terms = [values[0], *found[0].terms]
+        primal, found = push_series(base.body, jets, body_inputs, [start, *still])
+        terms = [primal[0], *found[0].terms]
         return [_value(demand, terms, directions, given, jets) for demand in demands]
 
     module = trace(run, examples, fake_mode_of(examples))

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from passes.graph import value_of
+from passes.origin import note
 
 
 def call(
@@ -18,6 +19,7 @@ def call(
     made = graph.call_function(target, tuple(args), dict(kwargs))
     values, options = torch.fx.map_arg((made.args, made.kwargs), value_of)
     made.meta = {**like.meta, "val": target(*values, **options)}
+    note(made, source="")  # new, although from there
     return made
 
 

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _SAME_NUMBERS = {
     aten.expand.default, aten.permute.default, aten.t.default, aten.unsqueeze.default,
-    aten.alias.default, aten.detach.default, aten.clone.default, *RESHAPES,
+    aten.alias.default, aten.detach.default, aten.clone.default, aten.slice.Tensor,
+    aten.select.int, *RESHAPES,
 }  # fmt: skip
 _TIMES = {aten.mul.Tensor, aten.mul.Scalar}
 _OVER = {aten.div.Tensor, aten.div.Scalar}

@@ -57,12 +57,16 @@ def _of_part(graph: Graph, node: Node) -> Node | None:
     if (part := _part(left)) is not None:
         s, dim, start, end = _laid_out(graph, part, node)
         if dim == 1:
-            return call(graph, aten.mm.default, (s, _cut(graph, right, 0, start, end)), {}, node)
+            return call(
+                graph, aten.mm.default, (s, _cut(graph, right, 0, (start, end), node)), {}, node
+            )
         return _filled_in(graph, node, (s, right), 0, start, end)
     if (part := _part(right)) is not None:
         s, dim, start, end = _laid_out(graph, part, node)
         if dim == 0:
-            return call(graph, aten.mm.default, (_cut(graph, left, 1, start, end), s), {}, node)
+            return call(
+                graph, aten.mm.default, (_cut(graph, left, 1, (start, end), node), s), {}, node
+            )
         return _filled_in(graph, node, (left, s), 1, start, end)
     return None
 
@@ -106,7 +110,7 @@ def _of_what_is_read(graph: Graph, node: Node, read: Node) -> Node | None:
     if place is None:
         return None
     operands = list(arguments(node))
-    operands[dim] = _cut(graph, operands[dim], dim, *place)
+    operands[dim] = _cut(graph, operands[dim], dim, place, node)
     product = call(graph, aten.mm.default, operands, {}, node)
     if read.target is aten.slice.Tensor:
         return product
@@ -141,5 +145,5 @@ def _place(
     return (begin, stop) if 0 < stop - begin < size and step == 1 else None
 
 
-def _cut(graph: Graph, node: Node, dim: int, start: int, end: int) -> Node:
-    return call(graph, aten.slice.Tensor, (node, dim, start, end), {}, node)
+def _cut(graph: Graph, node: Node, dim: int, place: tuple[int, int], like: Node) -> Node:
+    return call(graph, aten.slice.Tensor, (node, dim, *place), {}, like)

@@ -49,7 +49,8 @@ def multiply_rows_once(graph: Graph) -> int:
 def _expanded(graph: Graph, node: Node, left: Node, right: Node) -> Node | None:
     """``mm(1 aᵀ, B) = 1 (aᵀ B)``"""
     row = row_of(left)
-    if row is None or hint(value_of(left).shape[0]) < 2 or not _keeps_layouts(node):
+    is_single = is_equal(value_of(left).shape[0], 1)
+    if row is None or (is_single and not row) or not (is_single or _keeps_layouts(node)):
         return None
     ones = [number for number in row if number != 0]
     if len(row) == 1:
@@ -61,8 +62,12 @@ def _expanded(graph: Graph, node: Node, left: Node, right: Node) -> Node | None:
     elif row and len(set(row)) == 1:
         once = call(graph, aten.sum.dim_IntList, (right, [0], True), {}, node)
         once = _times(graph, once, row[0], node)
+    elif is_single:
+        return None
     else:
         once = call(graph, aten.mm.default, (_first_row(graph, left, node), right), {}, node)
+    if is_single:
+        return once
     sizes = [size_of(graph, left, 0), size_of(graph, right, 1)]
     return call(graph, aten.expand.default, (once, sizes), {}, node)
 

@@ -81,13 +81,14 @@ def nodes_in(report: Report, stage: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("loss", "options", "matmuls"),
     [
-        # Two layers: a value is two products, an input gradient two more.
-        (penalty, {}, {"primal": 1, "cotangent": 2, "tangent": 4}),
-        (penalty, {"strategy": "reverse"}, {"primal": 1, "cotangent": 2, "gradient": 4}),
-        (penalty, {"strategy": "as written"}, {"primal": 1, "cotangent": 2, "gradient": 4}),
-        (penalty, {"capture": "trace"}, {"primal": 1, "cotangent": 2, "tangent": 4}),
-        (twice, {}, {"primal": 2, "cotangent": 2, "tangent": 6}),
-        (pushed, {}, {"primal": 1, "tangent": 2, "gradient": 4}),
+        # Two layers: a value is two products, an input gradient two more; but the last one's seeds
+        # are ones, whose product is a sum, and so is the gradient of its weight.
+        (penalty, {}, {"primal": 1, "cotangent": 1, "tangent": 3}),
+        (penalty, {"strategy": "reverse"}, {"primal": 1, "cotangent": 1, "gradient": 3}),
+        (penalty, {"strategy": "as written"}, {"primal": 1, "cotangent": 1, "gradient": 3}),
+        (penalty, {"capture": "trace"}, {"primal": 1, "cotangent": 1, "tangent": 3}),
+        (twice, {}, {"primal": 2, "cotangent": 1, "tangent": 5}),
+        (pushed, {}, {"primal": 1, "tangent": 1, "gradient": 3}),
         (jacobian, {}, {"primal": 1, "cotangent": 2, "gradient": 5}),
     ],
 )
@@ -131,11 +132,10 @@ def test_every_operator_has_a_line_of_the_loss(loss: Any, options: dict[str, Any
         assert source["first_line"] < node["line"] < last, node
         code = linecache.getline(__file__, node["line"]).strip()
         assert node["where"] == f"{node['path']}:{node['line']}: {code}"
-    layers = [node["module"] for node in found if node["op"] in MATMULS]
-    unknown = (
-        {""} if loss is pushed and "strategy" in options else set()
-    )  # PyTorch's own forward mode
-    assert set(layers) == {"net.0", "net.2"} | unknown
+    layers = {node["module"] for node in found if node["op"] in MATMULS}
+    unknown = {""} if loss is pushed and "strategy" in options else set()  # PyTorch's forward mode
+    assert "net.0" in layers and layers <= {"net.0", "net.2"} | unknown
+    assert "net.2" in {node["module"] for node in found}  # perhaps by sums in place of products
 
 
 def test_record() -> None:
