@@ -36,7 +36,10 @@ def code_for(
         on_switch: Called when compiled code is there for the next call.
         static: See `rewriter.codegen.compile_graph`.
     """
-    make = functools.partial(compile_graph, module, options.backend, options.mode, static=static)
+
+    def make(*, strict: bool) -> Compiled:
+        return compile_graph(module, options.backend, options.mode, strict=strict, static=static)
+
     if options.start == "tiered" and options.backend == "inductor" and has_compiler(module):
         try:
             return Tiered(module, options, what, make, on_switch)

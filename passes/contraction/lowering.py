@@ -93,9 +93,14 @@ def _is_linear_in_numbers(demand: Demand, order: int) -> bool:
     with the same explicit tensors along the result's dimensions."""
     highest = [part for part in demand.parts if part.order == order]
     return all(
-        part.left == highest[0].left and not any(d in part.fixed for d in demand.dims)
+        _read_by(part) == _read_by(highest[0]) and not any(d in part.fixed for d in demand.dims)
         for part in highest
     )
+
+
+def _read_by(part: Part) -> list[tuple[Factor, list[int | None]]]:
+    """Return the explicit tensors that are no numbers, and where each is held."""
+    return [(f, [i and part.fixed.get(i) for i in f.indices]) for f in part.left]
 
 
 def _weights(

@@ -16,6 +16,9 @@ from passes.contraction.terms import Expression, Factor, Index
 from passes.graph import arguments, value_of
 
 aten = torch.ops.aten
+# Where a split has its dimension.
+_SPLITS = {aten.split_with_sizes.default: 2, aten.split.Tensor: 2, aten.unbind.int: 1}
+
 Known = Mapping[Node, Expression]
 Move = Callable[[Known, Constants, Node], Expression | None]
 
@@ -236,23 +239,20 @@ def _expand(known: Known, constants: Constants, node: Node) -> Expression | None
 def _pieces(known: Known, constants: Constants, node: Node) -> Expression | None:
     """An item of a split into one piece, or into pieces of one position."""
     source, position = arguments(node)
-    if source.target not in (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int):
+    if source.target not in _SPLITS or not isinstance(position, int):
         return None
     found = known.get(source.args[0])
     if found is None:
         return None
-    default = 0
-    at = source.args[1] if source.target is aten.unbind.int else None
-    dim = at if at is not None else (source.args[2] if len(source.args) > 2 else default)
-    if source.target is aten.unbind.int and len(source.args) < 2:
-        dim = 0
-    dim %= len(found.dims)
+    at = _SPLITS[source.target]
+    dim = (source.args[at] if len(source.args) > at else source.kwargs.get("dim", 0)) % len(
+        found.dims
+    )
     if source.target is aten.unbind.int:
-        held = found.at(dim, position)
-        return replace(held, dims=(*held.dims[:dim], *held.dims[dim + 1 :]))
+        return _without(found.at(dim, position % len(value_of(source))), dim)
     if is_same_size(_size(source.args[0], dim), _size(node, dim)):
         return found
-    if _is_one(_size(node, dim)) and all(_is_one(v.shape[dim]) for v in value_of(source)):
+    if all(_is_one(piece.shape[dim]) for piece in value_of(source)):
         return found.at(dim, position)
     return None
 

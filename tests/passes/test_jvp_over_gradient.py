@@ -14,7 +14,15 @@ from passes.graph import copy_graph, results
 from passes.joint import Roles, trace_joint, trace_value
 from passes.nest import all_sites, sites
 from passes.price import price
-from passes.strategies import NAMES, STRATEGIES, JvpOverGradient, Refused, Reverse, put_in_form
+from passes.strategies import (
+    NAMES,
+    STRATEGIES,
+    TAYLOR,
+    JvpOverGradient,
+    Refused,
+    Reverse,
+    put_in_form,
+)
 from passes.verify import verify
 from tests.passes.flat import (
     Eager,
@@ -172,7 +180,7 @@ def test_record_of_what_was_taken(inputs: list[Tensor]) -> None:
     _, taken = in_form(module, inputs)
     assert {site.name for site in all_sites(module, sites(module))} == set(taken)
     assert set(taken.values()) == {"jvp_over_gradient"}
-    assert [strategy.name for strategy in STRATEGIES] == list(NAMES)
+    assert [*(strategy.name for strategy in STRATEGIES), TAYLOR] == list(NAMES)
 
 
 # Results that are one tensor

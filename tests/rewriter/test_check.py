@@ -55,9 +55,9 @@ def wrong_simplification(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_hand_over(patch: pytest.MonkeyPatch) -> None:
-    scaled = rewriter.step.scaled
-    longer = lambda grads, c: scaled([None if g is None else 1.01 * g for g in grads], c)  # noqa: E731
-    patch.setattr(rewriter.step, "scaled", longer)
+    owned = rewriter.step.owned
+    longer = lambda grads: owned([None if g is None else 1.01 * g for g in grads])  # noqa: E731
+    patch.setattr(rewriter.step, "owned", longer)
 
 
 @pytest.mark.parametrize(
