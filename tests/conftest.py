@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-# Graphs are cycles, and what PyTorch imports is not worth walking through again and again: a tenth of
-# the time.
+# Graphs are cycles, which wake the collector; what PyTorch imports need not be walked through each
+# time. It is a tenth of the tests' time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 100)
 
