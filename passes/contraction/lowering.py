@@ -41,12 +41,10 @@ class Lowered:
     Attributes:
         module: ``inputs → one tensor per demand``.
         inputs: What it takes, nodes and constants of the derivative graph.
-        vectors: How many vectors are propagated, the value included.
     """
 
     module: GraphModule
     inputs: list[Any]
-    vectors: int
 
 
 def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
@@ -78,9 +76,7 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
         terms = [primal[0], *found[0].terms]
         return [_value(demand, terms, directions, given, jets) for demand in demands]
 
-    module = trace(run, examples, fake_mode_of(examples))
-    vectors = 1 + len(directions) * (order - collapsed) + collapsed
-    return Lowered(module, inputs, vectors)
+    return Lowered(trace(run, examples, fake_mode_of(examples)), inputs)
 
 
 def _example(item: Any) -> Any:
@@ -98,9 +94,11 @@ def _is_linear_in_numbers(demand: Demand, order: int) -> bool:
     )
 
 
-def _read_by(part: Part) -> list[tuple[Factor, list[int | None]]]:
-    """Return the explicit tensors that are no numbers, and where each is held."""
-    return [(f, [i and part.fixed.get(i) for i in f.indices]) for f in part.left]
+def _read_by(part: Part) -> list[Any]:
+    """Return where f's result is held, and the explicit tensors that are no numbers with where each
+    is held."""
+    held = [(f, [i and part.fixed.get(i) for i in f.indices]) for f in part.left]
+    return [[part.fixed.get(i) for i in part.indices], *held]
 
 
 def _weights(
@@ -196,7 +194,7 @@ def _value(
             scale = part.scale * math.factorial(part.order)
             term = term if scale == 1 else term * scale
             factors, fixed = part.factors, part.fixed
-        operands = [(term, part.indices)]
+        operands = [_held(term, part, demand.dims)]
         for factor in factors:
             left = [i for i in factor.indices if i is not None and i not in part.fixed]
             operands.append((_read(factor, part.fixed, given), tuple(left)))
@@ -204,6 +202,16 @@ def _value(
     if total is None:
         return terms[0].new_zeros(demand.like.shape)
     return total.expand(demand.like.shape)
+
+
+def _held(term: Tensor, part: Part, dims: Sequence[Index | None]) -> tuple[Tensor, Sequence[Index]]:
+    """Return a coefficient where it is held at a row, or at one of f's results, that the result has
+    no dimension for."""
+    left = list(part.indices)
+    for dim in range(len(left) - 1, -1, -1):
+        if left[dim] in part.fixed and left[dim] not in dims:
+            term = term.select(dim, part.fixed[left.pop(dim)])
+    return term, left
 
 
 def _contracted(

@@ -95,7 +95,9 @@ class Raised:
         first = [self.point, *(n for n in inputs if n is not self.point)]
         body = up_to(self.module, first, node)
         row, *outs = (Index(size) for size in value_of(node).shape)
-        base = Base(body, body.code, tuple(first))
+        # A constant is one of these graphs' own, whatever its name.
+        own = [id(_attribute(body, n)) for n in body.graph.find_nodes(op="get_attr")]
+        base = Base(body, f"{body.code}{own}", tuple(first))
         return Expression((Term(base, row, tuple(outs), ()),), (row, *outs))
 
     def _raised(self, node: Node) -> Expression | None:
@@ -236,3 +238,10 @@ def up_to(module: GraphModule, inputs: Sequence[Node], node: Node) -> GraphModul
             copies[source] = graph.node_copy(source, copies.__getitem__)
     graph.output((copies[node],))
     return GraphModule(module, graph)
+
+
+def _attribute(module: GraphModule, node: Node) -> Any:
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value

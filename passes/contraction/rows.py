@@ -86,7 +86,7 @@ def _keeps_rows(node: Node, moving: set[Node]) -> bool:
         return args[2] not in moving and (args[0] not in moving or value_of(args[0]).dim() == 2)
     if target in (aten.bmm.default, aten.baddbmm.default):
         return all(value_of(n).dim() == 3 for n in node.all_input_nodes if n in moving)
-    if target in _ALONG:
+    if target in _ALONG and len(args) > 1:
         dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
         rank = value_of(args[0]).dim()
         return bool(dims) and all(d % rank != 0 for d in dims)
