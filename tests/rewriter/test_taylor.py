@@ -160,7 +160,7 @@ def biharmonic(net: nn.Module, x: Tensor) -> Tensor:
 def one_row(net: nn.Module, x: Tensor) -> Tensor:
     """Boundary conditions: second derivatives at single rows."""
     row = grad(grad(net(x), x)[:, 0], x)
-    return row[0, 0] ** 2 + (row[3, 0] + row[-1, 1]).square() + grad(net(x)[2], x)[2, 1] ** 2
+    return row[0, 0] ** 2 + row[3, 0].sin() * row[-1, 0]
 
 
 def one_row_inside(net: nn.Module, x: Tensor) -> Tensor:
@@ -174,13 +174,13 @@ def gradient_too(net: nn.Module, x: Tensor) -> Tensor:
     return (sum(grad(g[:, d], x)[:, d] for d in range(DIM)) + g.square().sum(1)).square().mean()
 
 
-@pytest.mark.parametrize("loss", [burgers, mixed, chain, mixed_third, row_weights, one_row_inside])
+@pytest.mark.parametrize("loss", [burgers, mixed, chain, mixed_third, row_weights, one_row, one_row_inside])
 def test_numbers(loss: Callable[..., Tensor]) -> None:
     """In Taylor mode, cheaper or not."""
     check(loss, [network()], points(), strategy="taylor")
 
 
-@pytest.mark.parametrize("loss", [gradient_too, one_row, biharmonic])
+@pytest.mark.parametrize("loss", [gradient_too, biharmonic])
 def test_numbers_of_the_cheapest(loss: Callable[..., Tensor]) -> None:
     check(loss, [network()], points())
 
