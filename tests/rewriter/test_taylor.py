@@ -174,7 +174,9 @@ def gradient_too(net: nn.Module, x: Tensor) -> Tensor:
     return (sum(grad(g[:, d], x)[:, d] for d in range(DIM)) + g.square().sum(1)).square().mean()
 
 
-@pytest.mark.parametrize("loss", [burgers, mixed, chain, mixed_third, row_weights, one_row, one_row_inside])
+@pytest.mark.parametrize(
+    "loss", [burgers, mixed, chain, mixed_third, row_weights, one_row, one_row_inside]
+)
 def test_numbers(loss: Callable[..., Tensor]) -> None:
     """In Taylor mode, cheaper or not."""
     check(loss, [network()], points(), strategy="taylor")
