@@ -109,7 +109,7 @@ LOSSES: dict[str, tuple[Any, Callable[[], nn.Module], Callable[[], list[torch.Te
         flow.loss,
         lambda: flow.Velocity(width=8),
         lambda: double(*flow.draw_batch(6)),
-        True,
+        False,  # reverse mode shares more
     ),
     "maml": (
         maml.loss,
