@@ -196,7 +196,9 @@ def comparison(title: str, contenders: Sequence[Contender]) -> Table:
         "FLOPs: matmul and convolution. Peak: the most that a step has allocated at\n"
         "once. Differs: value or gradients of the first step, relative."
     )
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    table = Table(
+        title=title, caption=caption, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
     table.add_column("", no_wrap=True)
     headings = ["min\nms", "median\nms", "speed\nup", "first\ns", "\nMFLOP", "peak\nMiB"]
     for heading in (*headings, "\ndiffers"):
