@@ -28,6 +28,7 @@ from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
 from passes.origin import note, note_new, note_site
 from passes.simplify import simplify
+from passes.simplify.emit import size_of
 from passes.tracing import example_inputs, fake_mode_of, trace
 
 
@@ -340,7 +341,7 @@ def _body(
     for node in ordered:
         for read in node.all_input_nodes:
             if read.op == "get_attr" and read not in new:
-                attributes[str(read.target)] = _attribute(module, str(read.target))
+                attributes[str(read.target)] = attribute_of(module, str(read.target))
                 new[read] = body.get_attr(str(read.target))
                 new[read].meta = dict(read.meta)
         new[node] = body.node_copy(node, new.__getitem__)
@@ -353,7 +354,8 @@ def _body(
     return finish(result), captured
 
 
-def _attribute(module: torch.nn.Module, target: str) -> Any:
+def attribute_of(module: torch.nn.Module, target: str) -> Any:
+    """Return what a ``get_attr`` node names."""
     value: Any = module
     for part in target.split("."):
         value = getattr(value, part)
@@ -367,8 +369,8 @@ def _replace_with_zeros(graph: Graph, mark: Node, indices: list[int]) -> None:
         value = value_of(mark)[index]
         like = points[index] if mark.target is GRADIENT else outputs[index]
         with graph.inserting_before(mark):
-            shape = [_size(graph, along[0], dim) for dim in range(batch_dims)]
-            shape += [_size(graph, like, dim) for dim in range(value_of(like).dim())]
+            shape = [size_of(graph, along[0], dim) for dim in range(batch_dims)]
+            shape += [size_of(graph, like, dim) for dim in range(value_of(like).dim())]
             zeros = graph.call_function(
                 torch.ops.aten.full.default,
                 (shape, 0),
@@ -376,16 +378,6 @@ def _replace_with_zeros(graph: Graph, mark: Node, indices: list[int]) -> None:
             )
         zeros.meta["val"] = value
         _replace_item(mark, index, zeros)
-
-
-def _size(graph: Graph, of: Node, dim: int) -> Any:
-    """Return a size of a node's tensor: a number, or a node where it is a symbol."""
-    size = value_of(of).shape[dim]
-    if isinstance(size, int):
-        return size
-    node = graph.call_function(torch.ops.aten.sym_size.int, (of, dim))
-    node.meta["val"] = size
-    return node
 
 
 def _dissolve_marks(module: GraphModule) -> None:
@@ -420,4 +412,4 @@ def body_of(module: GraphModule, node: Node) -> GraphModule:
     """Return the body graph of a derivative node."""
     attribute = arguments(node)[0]
     assert isinstance(attribute, Node), f"{node} has no body"
-    return _attribute(module, str(attribute.target))
+    return attribute_of(module, str(attribute.target))

@@ -11,9 +11,8 @@ import torch
 from torch.fx import Node
 
 from passes.contraction.constants import Constants
-from passes.contraction.rows import is_same_size
 from passes.contraction.terms import Expression, Factor, Index
-from passes.graph import arguments, value_of
+from passes.graph import arguments, is_equal, value_of
 
 aten = torch.ops.aten
 # Where a split has its dimension.
@@ -104,7 +103,7 @@ def _reshape(known: Known, constants: Constants, node: Node) -> Expression | Non
     for size in sizes:
         if isinstance(size, int) and size == 1:
             dims.append(None)
-        elif kept and is_same_size(kept[0][1], size):
+        elif kept and is_equal(kept[0][1], size):
             dims.append(kept.pop(0)[0])
         else:
             return None
@@ -128,7 +127,7 @@ def _diagonal(known: Known, constants: Constants, node: Node) -> Expression | No
         return None
     a, b = a % len(found.dims), b % len(found.dims)
     first, second = found.dims[a], found.dims[b]
-    if first is None or second is None or not is_same_size(first.size, second.size):
+    if first is None or second is None or not is_equal(first.size, second.size):
         return None
     joined = found.renamed({second: first})
     rest = [d for i, d in enumerate(joined.dims) if i not in (a, b)]
@@ -250,7 +249,7 @@ def _pieces(known: Known, constants: Constants, node: Node) -> Expression | None
     )
     if source.target is aten.unbind.int:
         return _without(found.at(dim, position % len(value_of(source))), dim)
-    if is_same_size(_size(source.args[0], dim), _size(node, dim)):
+    if is_equal(_size(source.args[0], dim), _size(node, dim)):
         return found
     if all(_is_one(piece.shape[dim]) for piece in value_of(source)):
         return found.at(dim, position)

@@ -22,7 +22,7 @@ from passes.contraction.moves import MOVES
 from passes.contraction.rows import Rows, RowsMix
 from passes.contraction.terms import Base, Expression, Factor, Index, Term
 from passes.graph import arguments, is_random, needs, placeholders, reaches, results, value_of
-from passes.nest import body_of, sites
+from passes.nest import attribute_of, body_of, sites
 
 aten = torch.ops.aten
 # Views that may be of all of a tensor, in order.
@@ -96,7 +96,7 @@ class Raised:
         body = up_to(self.module, first, node)
         row, *outs = (Index(size) for size in value_of(node).shape)
         # A constant is one of these graphs' own, whatever its name.
-        own = [id(_attribute(body, n)) for n in body.graph.find_nodes(op="get_attr")]
+        own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
         base = Base(body, f"{body.code}{own}", tuple(first))
         return Expression((Term(base, row, tuple(outs), ()),), (row, *outs))
 
@@ -238,10 +238,3 @@ def up_to(module: GraphModule, inputs: Sequence[Node], node: Node) -> GraphModul
             copies[source] = graph.node_copy(source, copies.__getitem__)
     graph.output((copies[node],))
     return GraphModule(module, graph)
-
-
-def _attribute(module: GraphModule, node: Node) -> Any:
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import reaches, value_of, where
+from passes.graph import is_equal, reaches, value_of, where
 from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ class Rows:
             whole = isinstance(value, Tensor) and value.dim() > 0
             if (
                 whole
-                and is_same_size(value.shape[0], rows[0])
+                and is_equal(value.shape[0], rows[0])
                 and "site" not in node.meta
                 and _keeps_rows(node, moving)
             ):
@@ -115,13 +115,7 @@ def _same_rows(before: Node, after: Node) -> bool:
     """Whether a reshape leaves the first dimension alone: contiguous rows stay rows."""
     a: Tensor = value_of(before)
     b: Tensor = value_of(after)
-    return a.dim() > 0 and is_same_size(a.shape[0], b.shape[0])
-
-
-def is_same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same number or the same symbol; nothing is fixed by asking."""
-    known = [getattr(getattr(size, "node", None), "expr", size) for size in (a, b)]
-    return bool(known[0] == known[1])
+    return a.dim() > 0 and is_equal(a.shape[0], b.shape[0])
 
 
 def _name(node: Node) -> str:
