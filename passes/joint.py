@@ -41,15 +41,27 @@ class Roles:
 
 def trace_value(module: GraphModule) -> GraphModule:
     """Trace ``inputs → (outputs, updates)``: no gradient of the loss is computed."""
+    joint = _traced_value(module)
+    finish_joint(joint)
+    return joint
+
+
+def trace_value_and_stops(module: GraphModule) -> GraphModule:
+    """Trace the same, and leave in what keeps gradients back."""
+    joint = _traced_value(module)
+    flatten_output(joint.graph)
+    simplify(joint)
+    return joint
+
+
+def _traced_value(module: GraphModule) -> GraphModule:
     examples = example_inputs(module)
 
     def step(*values: Any) -> list[Any]:
         with torch.no_grad():
             return list(run(module, values))
 
-    joint = trace(step, examples, fake_mode_of(examples))
-    finish_joint(joint)
-    return joint
+    return trace(step, examples, fake_mode_of(examples))
 
 
 def trace_joint(module: GraphModule, roles: Roles, *, seeded: bool) -> GraphModule:

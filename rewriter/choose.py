@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
@@ -13,6 +13,7 @@ from passes.nest import Site
 from passes.price import evaluated, size_hints
 from passes.strategies import NAMES, TAYLOR
 from rewriter.as_written import AsWritten
+from rewriter.bounds import bound_of
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate, Form, Forms
 from rewriter.options import Options
@@ -22,6 +23,8 @@ from rewriter.search import Search, preference
 MOST_FORMS = 6
 MOST_FORMS_MEASURED = 16
 MOST_FINALISTS = 3
+# A step is about three times its value, and the bound at most twice.
+WORTH_A_BOUND = 2 / 3
 FINALISTS_WITHIN = 1.5
 
 
@@ -39,6 +42,8 @@ class Choice:
         build_seconds: Time to build ``form``.
         trace_seconds: Time to trace and simplify ``joint``.
         untried: Changes of one site that looked worth a trial when there were enough forms.
+        at_least: Sites, those together that depend on one another → the FLOPs that every other
+            strategy costs there at least; more than the form taken, so none was traced.
         finalists: What ``mode="max-autotune"`` compares by the clock, the cheapest first; empty
             where there is nothing to compare, or where it has been done.
     """
@@ -52,6 +57,7 @@ class Choice:
     build_seconds: float
     trace_seconds: float
     untried: int = 0
+    at_least: Mapping[frozenset[str], int] = field(default_factory=dict)
     finalists: tuple[Form, ...] = ()
 
     @property
@@ -93,11 +99,13 @@ def choose(
     """
     forms = Forms(module, roles, seeded=seeded)
     asked = _asked(forms.sites, options)
-    tried, untried = [], 0
-    if len(asked) < len(forms.sites) or set(asked.values()) != {AS_WRITTEN}:
-        search = _searched(forms, asked, options)
-        tried, untried = list(search.tried), search.untried
     written = evaluated(as_written.flops, size_hints(module))
+    tried, untried = [], 0
+    at_least = {} if asked or options.is_measured else _ruled_out(forms, roles, written)
+    if len(asked) < len(forms.sites) or set(asked.values()) != {AS_WRITTEN}:
+        settled = {name: TAYLOR for part in at_least for name in part}
+        search = _searched(forms, asked, settled, options)
+        tried, untried = list(search.tried), search.untried
     may_be_written = set(asked.values()) <= {AS_WRITTEN}
     least = min((form.candidate.flops for form in tried), default=written + 1)
     if may_be_written and (least > written or options.is_measured):
@@ -115,11 +123,29 @@ def choose(
         best.build_seconds,
         best.trace_seconds,
         untried,
+        at_least,
         _finalists(tried, written) if options.is_measured else (),
     )
 
 
-def _searched(forms: Forms, asked: Mapping[str, str], options: Options) -> Search:
+def _ruled_out(forms: Forms, roles: Roles, written: int) -> dict[frozenset[str], int]:
+    """Return what any other strategy costs at least where Taylor mode costs less than that: then
+    the others, whose graphs are the largest, need not be traced."""
+    names = [site.name for site in forms.sites]
+    if not names:
+        return {}
+    taylor = forms.build(dict.fromkeys(names, TAYLOR)).candidate
+    contracted = {name for name, strategy in taylor.strategies.items() if strategy == TAYLOR}
+    parts = [part for part in forms.parts() if part <= contracted]
+    if not parts or taylor.flops > WORTH_A_BOUND * written:
+        return {}
+    bound = bound_of(forms.module, roles, names)
+    return {part: bound.on(part) for part in parts if bound.exceeds(taylor, part)}
+
+
+def _searched(
+    forms: Forms, asked: Mapping[str, str], settled: Mapping[str, str], options: Options
+) -> Search:
     """Return a finished search among the forms that have what the user asks for.
 
     Raises:
@@ -131,7 +157,7 @@ def _searched(forms: Forms, asked: Mapping[str, str], options: Options) -> Searc
         return None if _disobeyed(forms, form, asked) else form
 
     names = [site.name for site in forms.sites]
-    wishes = [dict.fromkeys(names, strategy) for strategy in NAMES]
+    wishes = [{**dict.fromkeys(names, strategy), **settled} for strategy in NAMES]
     found = [form for form in map(build, wishes) if form is not None]
     first = list({id(form): form for form in found}.values())
     if not first:
@@ -192,7 +218,8 @@ def _refusals(forms: Forms, tried: Sequence[Form]) -> dict[tuple[str, str], str]
     word."""
     took = {item for form in tried for item in form.candidate.strategies.items()}
     took |= {(site.name, TAYLOR) for site in forms.sites if site.order == 1}
-    return {key: reason for key, reason in forms.refusals.items() if key not in took}
+    found = {key: reason for key, reason in forms.refusals.items() if key not in took}
+    return dict(sorted(found.items(), key=lambda item: NAMES.index(item[0][1])))
 
 
 def _refuse_if_strict(

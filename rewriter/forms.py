@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
+from passes.bodies import Linearizations
 from passes.graph import copy_graph, placeholders, print_graph, results, value_of, where
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, sites
@@ -94,12 +95,14 @@ class Forms:
     Attributes:
         sites: The nested derivatives, inner ones first.
         refusals: (site name, strategy) → reason, for strategies that were refused in some form.
+        linearizations: Of the bodies; shared by all forms.
     """
 
     def __init__(self, module: GraphModule, roles: Roles, *, seeded: bool) -> None:
         self.module, self.roles, self.seeded = module, roles, seeded
         self.sites = all_sites(module, sites(module))
         self.refusals: dict[tuple[str, str], str] = {}
+        self.linearizations = Linearizations()
         self._by_wish: dict[frozenset[tuple[str, str]], Form] = {}
         self._by_text: dict[tuple[str, ...], Form] = {}
 
@@ -139,7 +142,7 @@ class Forms:
         module = copy_graph(self.module)
         inputs = placeholders(module.graph)
         active = active_nodes(module, {inputs[i] for i in self.roles.wanted})
-        taken = put_in_form(module, active, wish, self.refusals)
+        taken = put_in_form(module, active, wish, self.refusals, self.linearizations)
         module.recompile()
         self._note_what_is_inside(wish, taken)
         return module, taken

@@ -11,6 +11,7 @@ from passes.graph import describe, placeholders, value_of
 from passes.nest import Site
 from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
+from passes.strategies import NAMES
 from rewriter.choose import Choice
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate
 from rewriter.report import Considered, Report, SiteReport
@@ -44,6 +45,7 @@ def make_report(
         candidates=rewritten.choice.candidates,
         taken=taken,
         untried=rewritten.choice.untried,
+        not_traced=rewritten.choice.at_least,
         flops=taken.flops,
         flops_as_written=evaluated(rewritten.as_written.flops, hints),
         flops_formula=taken.price.flops,
@@ -132,6 +134,8 @@ def _reason(choice: Choice, name: str) -> str:
         return MEASURED if is_first else f"{MEASURED} but for noise, and cheaper"
     if taken.strategies[name] == AS_WRITTEN:
         return "every rewritten form costs more FLOPs than what is written"
+    if _not_traced(choice, name):
+        return "fewest FLOPs: no other strategy can cost less"
     if not others and refused:
         return "; ".join(refused)
     if not others:
@@ -157,7 +161,18 @@ def _considered(choice: Choice, name: str) -> list[Considered]:
             found[strategy] = Considered(strategy, True, "taken", taken)
         else:
             found[strategy] = Considered(strategy, True, _compared(best, taken), best)
+    for least in _not_traced(choice, name):
+        for strategy in NAMES:
+            found.setdefault(
+                strategy, Considered(strategy, True, f"not traced: at least {least} FLOPs here")
+            )
     return list(found.values())
+
+
+def _not_traced(choice: Choice, name: str) -> list[int]:
+    """Return what the strategies at a site that were not traced cost at least; nothing if all
+    were."""
+    return [least for part, least in choice.at_least.items() if name in part]
 
 
 def _compared(other: Candidate, taken: Candidate) -> str:

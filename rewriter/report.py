@@ -89,6 +89,8 @@ class Report:
         taken: The one of them that runs.
         untried: Changes of one site's strategy that looked worth a trial when there were enough
             forms.
+        not_traced: Names of sites, those together that depend on one another → the FLOPs that every
+            strategy but theirs costs there at least, for which no form with another was traced.
         flops: Matmul and convolution FLOPs of the whole step (loss and gradients) as rewritten.
         flops_as_written: The same for the loss as written.
         flops_formula: ``flops`` in the symbolic sizes.
@@ -117,6 +119,7 @@ class Report:
     candidates: tuple[Candidate, ...] = ()
     taken: Candidate | None = None
     untried: int = 0
+    not_traced: Mapping[frozenset[str], int] = field(default_factory=dict)
     flops: int = 0
     flops_as_written: int = 0
     flops_formula: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
@@ -207,6 +210,13 @@ class Report:
                 for name, c in zip(_names(self.candidates), self.candidates, strict=True)
             ],
             "untried": self.untried,
+            "not_traced": [
+                {
+                    "sites": [site.name for site in self.sites if site.name in part],
+                    "flops_at_least": least,
+                }
+                for part, least in self.not_traced.items()
+            ],
             "stages": [_stage_summary(stage) for stage in self.stages],
             "totals": {
                 "flops": self.flops,

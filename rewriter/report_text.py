@@ -122,6 +122,11 @@ def _choices(record: dict[str, Any]) -> list[Line]:
     lines: list[Line] = [[("candidates", "bold")]] if record["candidates"] else []
     for candidate in record["candidates"]:
         lines += _candidate(candidate)
+    for part in record["not_traced"]:
+        first, *others = part["sites"]
+        sites = first if not others else f"{first} and {len(others)} more"
+        said = f"no other strategy at {sites} traced: at least {si(part['flops_at_least'])}FLOP"
+        lines.append([(f"    {said}", "dim")])
     if record["untried"]:
         plural = "" if record["untried"] == 1 else "s"
         lines.append(

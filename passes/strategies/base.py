@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 from torch.fx import GraphModule, Node
 
+from passes.bodies import Linearizations
+
 # Puts every derivative of a body into the form wished for, in place, given the nodes that carry a
 # gradient; returns site name → strategy taken.
 Inside: TypeAlias = Callable[[GraphModule, set[Node]], dict[str, str]]
@@ -27,7 +29,12 @@ class Strategy(ABC):
 
     @abstractmethod
     def build(
-        self, module: GraphModule, node: Node, active: set[Node], inside: Inside
+        self,
+        module: GraphModule,
+        node: Node,
+        active: set[Node],
+        inside: Inside,
+        known: Linearizations,
     ) -> dict[str, str]:
         """Put a derivative node, and those inside its body, into this strategy's form, in place.
 
@@ -36,6 +43,7 @@ class Strategy(ABC):
             node: A node that calls `passes.derivative.gradient`.
             active: The nodes of that graph that carry a gradient from outside.
             inside: Puts the derivatives of a body into their forms, in place.
+            known: Linearisations of this derivative graph's bodies, which grows.
 
         Returns:
             Site name → strategy taken, for this site and those inside its body.

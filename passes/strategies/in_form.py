@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 
 from torch.fx import GraphModule, Node
 
+from passes.bodies import Linearizations
 from passes.graph import placeholders
 from passes.nest import active_nodes, sites
 from passes.strategies import taylor
@@ -25,6 +26,7 @@ def put_in_form(
     active: set[Node],
     wish: Mapping[str, str],
     refusals: MutableMapping[tuple[str, str], str],
+    known: Linearizations,
 ) -> dict[str, str]:
     """Put every derivative of a graph, and those inside their bodies, into the form wished for, or
     into reverse mode where that is refused or nothing is wished.
@@ -34,6 +36,7 @@ def put_in_form(
         active: Its nodes that carry a gradient from outside.
         wish: Site name → strategy.
         refusals: Gets (site name, strategy) → reason.
+        known: Linearisations that were made for this derivative graph, which grows.
 
     Returns:
         Site name → strategy taken. A derivative that is also computed inside of another's body has
@@ -48,16 +51,16 @@ def put_in_form(
         active = active_nodes(module, active.intersection(placeholders(module.graph)))
 
     def inside(body: GraphModule, nodes: set[Node]) -> dict[str, str]:
-        return put_in_form(body, nodes, wish, refusals)
+        return put_in_form(body, nodes, wish, refusals, known)
 
     for node in sites(module):
         name = node.meta["site"].name
         strategy = by_name.get(wish.get(name, REVERSE.name), REVERSE)
         try:
-            taken = strategy.build(module, node, active, inside)
+            taken = strategy.build(module, node, active, inside, known)
         except Refused as refusal:
             refusals[name, strategy.name] = str(refusal)
-            taken = REVERSE.build(module, node, active, inside)
+            taken = REVERSE.build(module, node, active, inside, known)
         own[name] = taken.pop(name)
         found = taken | found
     return found | own

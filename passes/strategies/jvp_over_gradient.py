@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
+from passes.bodies import Linearizations, kind_of
 from passes.graph import arguments, copy_graph, is_float, placeholders, value_of
-from passes.linearize import linearize
+from passes.linearize import Linearization, linearize
 from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.origin import note_new, note_site
 from passes.simplify import simplify
@@ -48,7 +49,12 @@ class JvpOverGradient(Strategy):
     name = "jvp_over_gradient"
 
     def build(
-        self, module: GraphModule, node: Node, active: set[Node], inside: Inside
+        self,
+        module: GraphModule,
+        node: Node,
+        active: set[Node],
+        inside: Inside,
+        known: Linearizations,
     ) -> dict[str, str]:
         """Replace ``gradient(body, …)`` by ``jvp_over_gradient(P, T, …)``."""
         if node.target is derivative.tangent:
@@ -76,7 +82,7 @@ class JvpOverGradient(Strategy):
         name = node.meta["site"].name
         body, taken = self._inner_sites_built(body_of(module, node), parts, active, inside)
         try:
-            self._replace(module, node, body, parts, active, used)
+            self._replace(module, node, body, parts, active, used, known)
         except NoRule as error:
             raise Refused(f"no forward-mode rule for {error}") from error
         return {**taken, name: self.name}
@@ -105,6 +111,7 @@ class JvpOverGradient(Strategy):
         parts: _Parts,
         active: set[Node],
         used: list[int],
+        known: Linearizations,
     ) -> None:
         n_points, n_results = len(parts.points), len(value_of(node))
         first_seed = n_points + len(parts.captured)
@@ -112,7 +119,6 @@ class JvpOverGradient(Strategy):
         pulled = [
             i for i, read in enumerate(parts.inputs) if isinstance(read, Node) and read in active
         ]
-        gradient = self._gradient_graph(node, body, parts, extra, pulled)
         # input position in the gradient graph → position of the result whose cotangent moves it
         moved_by = {i: i for i in range(n_points) if i in used}
         moved_by |= {
@@ -124,17 +130,25 @@ class JvpOverGradient(Strategy):
         answer = {i: i for i in range(n_points)}
         answer |= {i: n_results + k for k, i in enumerate(captured)}
         answer |= {first_seed + k: n_points + k for k in range(parts.n_outputs)}
-        lin = linearize(
-            gradient,
-            moving=list(moved_by),
-            kept=range(n_results),
-            wanted=[answer[i] for i in pulled],
-            zero=range(len(parts.inputs), len(parts.inputs) + len(extra)),
-        )
         name = node.meta["site"].name
-        for part in (lin.primal, lin.tangent):
-            note_site(part, name, node)
-            note_new(part, "choose", f"{name}.")
+
+        def linearized() -> Linearization:
+            found = linearize(
+                self._gradient_graph(node, body, parts, extra, pulled),
+                moving=list(moved_by),
+                kept=range(n_results),
+                wanted=[answer[i] for i in pulled],
+                zero=range(len(parts.inputs), len(parts.inputs) + len(extra)),
+            )
+            for part in (found.primal, found.tangent):
+                note_site(part, name, node)
+                note_new(part, "choose", f"{name}.")
+            return found
+
+        inputs = tuple(kind_of(value_of(read)) for read in parts.inputs)
+        roles = n_points, parts.n_outputs, tuple(used), tuple(extra), tuple(pulled)
+        about = name, node.meta.get("stack_trace"), inputs, roles, kind_of(value_of(node))
+        lin = known.get(body, about, linearized)
         module.register_module(f"primal_{name}", lin.primal)
         module.register_module(f"tangent_{name}", lin.tangent)
         with module.graph.inserting_before(node):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes import derivative
+from passes.bodies import Linearizations
 from passes.nest import all_sites
 from passes.strategies.base import FORWARD, Inside, Strategy
 
@@ -17,7 +18,12 @@ class Reverse(Strategy):
     name = "reverse"
 
     def build(
-        self, module: GraphModule, node: Node, active: set[Node], inside: Inside
+        self,
+        module: GraphModule,
+        node: Node,
+        active: set[Node],
+        inside: Inside,
+        known: Linearizations,
     ) -> dict[str, str]:
         """Change nothing: `passes.derivative.gradient` means reverse mode."""
         taken = {site.name: self.name for site in all_sites(module, [node])}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
+from passes.bodies import Linearizations
 from passes.graph import copy_graph, results
 from passes.joint import Roles, trace_joint, trace_value
 from passes.nest import all_sites, sites
@@ -53,7 +54,7 @@ def in_form(module: GraphModule, inputs: list[Tensor]) -> tuple[GraphModule, dic
     active = active_of(form, inputs)
     found = all_sites(form, sites(form))
     wish = {site.name: "jvp_over_gradient" for site in found}
-    taken = put_in_form(form, active, wish, {})
+    taken = put_in_form(form, active, wish, {}, Linearizations())
     form.recompile()
     verify(form)
     return form, taken
@@ -132,7 +133,9 @@ def test_reverse_changes_nothing(loss: Loss, inputs: list[Tensor]) -> None:
     module = nested(flat_graph(loss, *inputs))
     before = str(module.graph)
     for node in sites(module):
-        taken = Reverse().build(module, node, active_of(module, inputs), nothing_inside)
+        taken = Reverse().build(
+            module, node, active_of(module, inputs), nothing_inside, Linearizations()
+        )
         assert set(taken.values()) == {"reverse"}
     assert str(module.graph) == before
     joint_of(module, loss, inputs)
@@ -238,7 +241,9 @@ def refusal(loss: Loss, *inputs: Tensor) -> str:
     before = str(module.graph)
     (node,) = sites(module)
     with pytest.raises(Refused) as caught:
-        JvpOverGradient().build(module, node, active_of(module, list(inputs)), nothing_inside)
+        JvpOverGradient().build(
+            module, node, active_of(module, list(inputs)), nothing_inside, Linearizations()
+        )
     assert str(module.graph) == before
     return str(caught.value)
 

@@ -165,6 +165,7 @@ def make_record(layers: int = 3) -> dict[str, Any]:
             }
         ],
         "untried": 0,
+        "not_traced": [],
         "candidates": [
             {
                 "name": "jvp_over_gradient",
