@@ -9,6 +9,7 @@ from passes.simplify.aliases import drop_aliases, merge_views
 from passes.simplify.batches import fold_batches
 from passes.simplify.common import merge_common
 from passes.simplify.contractions import contract_first
+from passes.simplify.factors import keep_factors
 from passes.simplify.filled import fold_filled
 from passes.simplify.masks import narrow_masks
 from passes.simplify.narrow import narrow_products
@@ -29,6 +30,7 @@ RULES = (
     share_scaled,
     merge_products,
     contract_first,
+    keep_factors,
     multiply_rows_once,
     narrow_products,
 )

@@ -1,0 +1,197 @@
+"""Keep products of tensors as factors until they are contracted.
+
+    Σᵢⱼ (δᵢ aⱼ)² = ‖δ‖² ‖a‖²,    Σᵢⱼ (δᵢ aⱼ) (εᵢ bⱼ) = ⟨δ, ε⟩ ⟨a, b⟩,    (A B) C = A (B C)
+
+The gradients of single samples in a layer's weights are outer products; their norms, their Gram
+matrix and their weighted sum need them as little as the gradients of these do. A tensor is kept as
+factors where these have fewer elements than it has, or where it is a matrix product that only
+another one reads; whatever is computed from it by sums and products is then put in the order that
+takes the least work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from passes.graph import arguments, elements, value_of
+from passes.price import evaluated, node_flops
+from passes.simplify.factors.lowering import Lowering, work
+from passes.simplify.factors.moves import VIEWS, Moves, is_multilinear
+from passes.simplify.factors.order import MOST_FACTORS
+from passes.simplify.factors.terms import Expression, NotAProduct, leaf
+
+aten = torch.ops.aten
+
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor, aten.pow.Tensor_Scalar}
+_MATRICES = {aten.mm.default, aten.bmm.default}
+# Half the range of float16 is too little for products that were not written.
+_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+_MOST_TERMS = 16
+
+
+@dataclass
+class _Found:
+    """What a graph holds.
+
+    Attributes:
+        kept: Tensors that need not be formed.
+        roots: What is computed from them and has to be there.
+    """
+
+    kept: dict[Node, Expression] = field(default_factory=dict)
+    roots: dict[Node, Expression] = field(default_factory=dict)
+
+
+def keep_factors(graph: Graph) -> int:
+    """``sum((A B) ⊙ (C D)) → …`` contracted in the order of least work, for any sums, products and
+    views, where neither the FLOPs nor the work grow."""
+    moves = Moves(graph)
+    replaced: dict[Node, Node] = {}
+    for part in _parts(_find(graph, moves)):
+        replaced |= _cheaper(graph, part)
+    for root, made in replaced.items():
+        root.replace_all_uses_with(made)
+    for root in reversed(replaced):
+        graph.erase_node(root)
+    moves.drop_unused()
+    return len(replaced)
+
+
+def _find(graph: Graph, moves: Moves) -> _Found:
+    """Keep as much as can be; what something else than sums and products reads is formed."""
+    nodes = [node for node in graph.nodes if is_multilinear(node) and _has_type(node)]
+    formed: set[Node] = set()
+    while True:
+        found = _Found()
+        for node in nodes:
+            _read(node, moves, found, formed)
+        read_whole = {
+            node
+            for node in found.kept
+            if any(u not in found.kept and u not in found.roots for u in _users(node))
+        }
+        if not read_whole:
+            return found
+        formed |= read_whole
+
+
+def _read(node: Node, moves: Moves, found: _Found, formed: set[Node]) -> None:
+    has_kept = any(source in found.kept for source in _sources(node))
+    if not has_kept and not _grows(node) and not _is_in_a_chain(node):
+        return
+    try:
+        expression = moves.of(node, lambda x: _operand(x, moves, found))
+    except NotAProduct:
+        return
+    if len(expression.terms) > _MOST_TERMS or not expression.terms:
+        return
+    if any(len(term.factors) > MOST_FACTORS for term in expression.terms):
+        return
+    is_kept = (
+        sum(elements(value_of(x)) for x in expression.leaves()) < elements(value_of(node))
+        or (node.target in VIEWS and has_kept)
+        or _is_in_a_chain(node)
+    )
+    if is_kept and node not in formed and node.users:
+        found.kept[node] = expression
+    elif has_kept:
+        found.roots[node] = expression
+
+
+def _operand(node: Any, moves: Moves, found: _Found) -> Expression:
+    """Return what is kept of an operand, or the tensor itself, which a view only looks at."""
+    if node in found.kept:
+        return found.kept[node]
+    if not isinstance(node, Node) or not _has_type(node):
+        raise NotAProduct("an operand of another type")
+    if node.target not in VIEWS:
+        return leaf(node)
+    try:
+        return moves.of(node, lambda x: _operand(x, moves, found))
+    except NotAProduct:
+        return leaf(node)
+
+
+def _has_type(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype in _TYPES
+
+
+def _grows(node: Node) -> bool:
+    """Whether an operator makes more than it reads."""
+    sources = {source for source in _sources(node) if isinstance(value_of(source), Tensor)}
+    return elements(value_of(node)) > sum(elements(value_of(source)) for source in sources)
+
+
+def _is_in_a_chain(node: Node) -> bool:
+    """Whether a matrix product is read by one other alone."""
+    if node.target not in _MATRICES:
+        return False
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.target in _MATRICES:
+            return True
+        if node.target not in VIEWS:
+            return False
+    return False
+
+
+def _users(node: Node) -> Iterator[Node]:
+    """Yield what reads a node; of a split its pieces."""
+    for user in node.users:
+        if user.target is aten.split_with_sizes.default:
+            yield from user.users
+        else:
+            yield user
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    for source in node.all_input_nodes:
+        if source.target is aten.split_with_sizes.default:
+            yield arguments(source)[0]
+        else:
+            yield source
+
+
+def _parts(found: _Found) -> Iterator[_Found]:
+    """Yield what hangs together by tensors that are kept, if there is a product among them."""
+    links: networkx.Graph[Node] = networkx.Graph()
+    for node in [*found.kept, *found.roots]:
+        links.add_edges_from((node, s) for s in _sources(node) if s in found.kept)
+    for part in networkx.connected_components(links):
+        if any(node.target in _PRODUCTS and node in found.kept for node in part):
+            yield _Found(_among(found.kept, part), _among(found.roots, part))
+
+
+def _among(expressions: Mapping[Node, Expression], part: set[Node]) -> dict[Node, Expression]:
+    return {node: found for node, found in expressions.items() if node in part}
+
+
+def _cheaper(graph: Graph, part: _Found) -> dict[Node, Node]:
+    """Return what to put in place of each root; nothing where that is no gain."""
+    lowering = Lowering(graph)
+    try:
+        replaced = {root: lowering.lower(found, root) for root, found in part.roots.items()}
+    except NotAProduct:
+        lowering.drop()
+        return {}
+    before, after = (_cost(nodes) for nodes in ([*part.kept, *part.roots], lowering.made))
+    if after[0] <= before[0] and after[1] < before[1]:
+        return replaced
+    lowering.drop()
+    return {}
+
+
+def _cost(nodes: Iterable[Node]) -> tuple[int, int]:
+    flops = work_done = 0
+    for node in nodes:
+        flops += evaluated(node_flops(node), {})
+        work_done += work(node)
+    return flops, work_done
