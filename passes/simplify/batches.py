@@ -40,6 +40,9 @@ def fold_batches(graph: Graph) -> int:
 
 def _of_one_weight(graph: Graph, node: Node) -> Node | None:
     x, weights = arguments(node)
+    is_turned = _is_turned(weights)
+    if is_turned:
+        weights = arguments(weights)[0]
     if weights.target is not aten.expand.default:
         return None
     weight = arguments(weights)[0]
@@ -50,6 +53,8 @@ def _of_one_weight(graph: Graph, node: Node) -> Node | None:
         return None
     if value_of(weight).dim() == 3:
         weight = call(graph, aten.squeeze.dims, (weight, [0]), {}, node)
+    if is_turned:
+        weight = call(graph, aten.permute.default, (weight, [1, 0]), {}, node)
     flat = call(graph, aten.reshape.default, (x, [-1, size_of(graph, x, 2)]), {}, node)
     product = call(graph, aten.mm.default, (flat, weight), {}, node)
     sizes = [size_of(graph, x, 0), size_of(graph, x, 1), size_of(graph, weight, 1)]

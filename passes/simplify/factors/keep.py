@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from passes.graph import arguments, elements, value_of
 from passes.price import evaluated, node_flops
 from passes.simplify.factors.lowering import Lowering, work
-from passes.simplify.factors.moves import VIEWS, Moves, is_multilinear
+from passes.simplify.factors.moves import AFTER, VIEWS, Moves, is_multilinear
 from passes.simplify.factors.order import MOST_FACTORS
 from passes.simplify.factors.terms import Expression, NotAProduct, leaf
 
@@ -34,6 +34,7 @@ _MATRICES = {aten.mm.default, aten.bmm.default}
 # Half the range of float16 is too little for products that were not written.
 _TYPES = (torch.float32, torch.float64, torch.bfloat16)
 _MOST_TERMS = 16
+_MOST_KEPT = MOST_FACTORS // 2  # a product of two of them is still a product
 
 
 @dataclass
@@ -49,16 +50,41 @@ class _Found:
     roots: dict[Node, Expression] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A cheaper way to compute some nodes.
+
+    Attributes:
+        lowering: What has added it to the graph.
+        replaced: What stands in for each node.
+        flops: How many FLOPs more it takes.
+    """
+
+    lowering: Lowering
+    replaced: dict[Node, Node]
+    flops: int
+
+
 def keep_factors(graph: Graph) -> int:
     """``sum((A B) ⊙ (C D)) → …`` contracted in the order of least work, for any sums, products and
-    views, where neither the FLOPs nor the work grow."""
+    views, where that is less work than before.
+
+    The FLOPs do not grow: a matrix product in place of a pointwise product and a sum, which count
+    none, has to be paid for by others.
+    """
     moves = Moves(graph)
+    found = [form for part in _parts(_find(graph, moves)) if (form := _cheaper(graph, part))]
     replaced: dict[Node, Node] = {}
-    for part in _parts(_find(graph, moves)):
-        replaced |= _cheaper(graph, part)
+    flops = 0
+    for form in sorted(found, key=lambda form: form.flops):
+        if flops + form.flops > 0:  # others have not saved as many
+            form.lowering.drop()
+            continue
+        flops += form.flops
+        replaced |= form.replaced
     for root, made in replaced.items():
         root.replace_all_uses_with(made)
-    for root in reversed(replaced):
+    for root in sorted(replaced, reverse=True):
         graph.erase_node(root)
     moves.drop_unused()
     return len(replaced)
@@ -69,17 +95,16 @@ def _find(graph: Graph, moves: Moves) -> _Found:
     nodes = [node for node in graph.nodes if is_multilinear(node) and _has_type(node)]
     formed: set[Node] = set()
     while True:
-        found = _Found()
+        found, before = _Found(), len(formed)
         for node in nodes:
             _read(node, moves, found, formed)
-        read_whole = {
+        formed |= {
             node
             for node in found.kept
             if any(u not in found.kept and u not in found.roots for u in _users(node))
         }
-        if not read_whole:
+        if len(formed) == before:
             return found
-        formed |= read_whole
 
 
 def _read(node: Node, moves: Moves, found: _Found, formed: set[Node]) -> None:
@@ -90,19 +115,28 @@ def _read(node: Node, moves: Moves, found: _Found, formed: set[Node]) -> None:
         expression = moves.of(node, lambda x: _operand(x, moves, found))
     except NotAProduct:
         return
-    if len(expression.terms) > _MOST_TERMS or not expression.terms:
-        return
-    if any(len(term.factors) > MOST_FACTORS for term in expression.terms):
-        return
-    is_kept = (
-        sum(elements(value_of(x)) for x in expression.leaves()) < elements(value_of(node))
-        or (node.target in VIEWS and has_kept)
-        or _is_in_a_chain(node)
-    )
-    if is_kept and node not in formed and node.users:
+    is_kept = _saves_memory(node, expression) or _is_in_a_chain(node)
+    is_kept = is_kept or (node.target in VIEWS and has_kept)
+    is_kept = is_kept and node not in formed and node.target not in AFTER
+    if len(expression.terms) > _MOST_TERMS or _longest(expression) > (
+        _MOST_KEPT if is_kept else MOST_FACTORS
+    ):
+        sources = [source for source in _sources(node) if source in found.kept]
+        formed |= set(sorted(sources, key=lambda x: _longest(found.kept[x]))[-1:])
+    elif is_kept:
         found.kept[node] = expression
     elif has_kept:
         found.roots[node] = expression
+
+
+def _longest(expression: Expression) -> int:
+    """Return the largest number of factors of a term."""
+    return max((len(term.factors) for term in expression.terms), default=0)
+
+
+def _saves_memory(node: Node, expression: Expression) -> bool:
+    """Whether the factors have less than half the elements that the tensor has."""
+    return 2 * sum(elements(value_of(x)) for x in expression.leaves()) < elements(value_of(node))
 
 
 def _operand(node: Any, moves: Moves, found: _Found) -> Expression:
@@ -174,19 +208,19 @@ def _among(expressions: Mapping[Node, Expression], part: set[Node]) -> dict[Node
     return {node: found for node, found in expressions.items() if node in part}
 
 
-def _cheaper(graph: Graph, part: _Found) -> dict[Node, Node]:
-    """Return what to put in place of each root; nothing where that is no gain."""
+def _cheaper(graph: Graph, part: _Found) -> _Form | None:
+    """Return what to put in place of each root; None where that is no less work."""
     lowering = Lowering(graph)
     try:
         replaced = {root: lowering.lower(found, root) for root, found in part.roots.items()}
     except NotAProduct:
         lowering.drop()
-        return {}
+        return None
     before, after = (_cost(nodes) for nodes in ([*part.kept, *part.roots], lowering.made))
-    if after[0] <= before[0] and after[1] < before[1]:
-        return replaced
+    if after[1] < before[1]:
+        return _Form(lowering, replaced, after[0] - before[0])
     lowering.drop()
-    return {}
+    return None
 
 
 def _cost(nodes: Iterable[Node]) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from torch.fx import Graph, Node
 from passes.contraction.terms import Index
 from passes.graph import are_equal, elements, hint, value_of
 from passes.simplify.emit import call, size_of
-from passes.simplify.factors.order import Step, cheapest
+from passes.simplify.factors.moves import AFTER
+from passes.simplify.factors.order import Step, cheapest, key_of
 from passes.simplify.factors.terms import Dim, Expression, NotAProduct, Place, Term, size_of_dim
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ class Lowering:
         self.graph = graph
         self.made: list[Node] = []
         self._known: dict[Any, Node] = {}
+        self._steps: dict[Any, tuple[Node, tuple[int, ...]]] = {}
 
     def lower(self, expression: Expression, root: Node) -> Node:
         """Add what computes an expression, in front of the node that it stands for.
@@ -42,6 +44,8 @@ class Lowering:
         with self.graph.inserting_before(root):
             held = {index for term in expression.terms for index, _ in term.places}
             total = self._pieces(expression, root) if held else self._sum(expression, root)
+            if root.target in AFTER:
+                total = self._call(AFTER[root.target], (total,), root)
             return self._laid_out(total, root)
 
     def drop(self) -> None:
@@ -99,7 +103,7 @@ class Lowering:
     def _term(self, term: Term, dims: tuple[Dim, ...], root: Node) -> Node:
         """Contract one term; the result has every dimension, of size 1 where it is repeated."""
         wanted: Dim = sum(dims, ())
-        node, have = self._step(cheapest(term.factors, wanted), root)
+        node, have = self._step(cheapest(term.factors, wanted, self._steps), root)
         node = self._ordered((node, have), [i for i in wanted if i in have], root)
         if term.scale != 1:
             node = self._call(aten.mul.Tensor, (node, term.scale), root)
@@ -112,6 +116,14 @@ class Lowering:
         return self._shaped(node, [i for i in wanted if i in have], sizes, root)
 
     def _step(self, step: Step, root: Node) -> Part:
+        key, order = key_of(step)
+        if key not in self._steps:
+            node, have = self._contracted(step, root)
+            self._steps[key] = node, tuple(order.index(index) for index in have)
+        node, numbers = self._steps[key]
+        return node, tuple(order[number] for number in numbers)
+
+    def _contracted(self, step: Step, root: Node) -> Part:
         if not isinstance(step.parts, tuple):
             return self._factor(step, root)
         one, other = (self._step(part, root) for part in step.parts)
@@ -235,11 +247,12 @@ def work(node: Node) -> int:
         return 0
     if node.target in (aten.mm.default, aten.bmm.default):
         return 2 * elements(value) * hint(value_of(node.args[0]).shape[-1])
-    if node.target in (aten.sum.dim_IntList, aten.sum.default):
+    if node.target in _SUMS:
         return elements(value_of(node.args[0]))
     return elements(value) if node.target in _POINTWISE else 0
 
 
+_SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.linalg_vector_norm.default}
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
     aten.sub.Tensor, aten.neg.default, aten.pow.Tensor_Scalar, aten.where.self, aten.clone.default,

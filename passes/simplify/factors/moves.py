@@ -213,6 +213,16 @@ def _sum(moves: Moves, node: Node, read: Read) -> Expression:
     return summed(read(args[0]), list(dims), keep=len(args) > 2 and bool(args[2]))
 
 
+def _squared_norm(moves: Moves, node: Node, read: Read) -> Expression:
+    """The square of a norm: what is put in its place ends with a root."""
+    args, rank = arguments(node), value_of(node.args[0]).dim()
+    if len(args) > 1 and args[1] != 2:
+        raise NotAProduct("another norm")
+    dims = [d % rank for d in args[2]] if len(args) > 2 and args[2] else range(rank)
+    squares = moves.times(read(args[0]), read(args[0]))
+    return summed(squares, list(dims), keep=len(args) > 3 and bool(args[3]))
+
+
 def _plus_or_minus(moves: Moves, node: Node, read: Read) -> Expression:
     left, right = arguments(node)
     if not isinstance(left, Node) or not isinstance(right, Node):
@@ -367,7 +377,10 @@ _MOVES: Mapping[Any, Callable[[Moves, Node, Read], Expression]] = {
     aten.slice.Tensor: _slice,
     operator.getitem: _piece,
     aten.where.self: _where,
+    aten.linalg_vector_norm.default: _squared_norm,
 }
+# What follows on the product that an operator is read as.
+AFTER: Mapping[Any, Any] = {aten.linalg_vector_norm.default: aten.sqrt.default}
 
 
 def is_multilinear(node: Any) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from passes.contraction.terms import Index
 from passes.graph import hint
-from passes.simplify.factors.terms import Factor
+from passes.simplify.factors.terms import Dim, Factor
 
 # All orders of that many factors are tried: 3 to this power.
-MOST_FACTORS = 7
+MOST_FACTORS = 8
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,19 @@ class Step:
     work: int
 
 
-def cheapest(factors: Sequence[Factor], wanted: Iterable[Index]) -> Step:
+def cheapest(
+    factors: Sequence[Factor], wanted: Iterable[Index], known: Container[Any] = ()
+) -> Step:
     """Return the order with the least work, of all that there are.
 
     ``Σ`` over an index is taken as soon as all factors that have it are multiplied. The work of a
-    product is the number of values of all of its indices, twice that where some are summed over.
+    product is the number of values of all of its indices, twice that where some are summed over;
+    what is known already takes none.
+
+    Args:
+        factors: What is multiplied.
+        wanted: The indices that are not summed over.
+        known: The keys of products that are there anyway: `key_of`.
     """
     indices = [frozenset(factor.indices) for factor in factors]
     everything = (1 << len(factors)) - 1
@@ -62,7 +71,30 @@ def cheapest(factors: Sequence[Factor], wanted: Iterable[Index]) -> Step:
                 if subset not in best or work < best[subset].work:
                     best[subset] = Step((one, other), left, work)
             part = (part - 1) & subset
+        if known and key_of(best[subset])[0] in known:
+            best[subset] = replace(best[subset], work=0)
     return best[everything]
+
+
+def key_of(step: Step) -> tuple[Any, Dim]:
+    """Return what two steps have in common if they compute the same, and the order in which they
+    then number their indices."""
+    factors = sorted(_factors(step), key=lambda factor: factor.node.name)
+    order = tuple(dict.fromkeys(index for factor in factors for index in factor.indices))
+    number = {index: at for at, index in enumerate(order)}
+    read = tuple(
+        (f.node, tuple(tuple((number[i], str(i.size)) for i in dim) for dim in f.dims))
+        for f in factors
+    )
+    return (read, frozenset(number[index] for index in step.kept)), order
+
+
+def _factors(step: Step) -> Iterator[Factor]:
+    if isinstance(step.parts, Factor):
+        yield step.parts
+        return
+    for part in step.parts:
+        yield from _factors(part)
 
 
 def _values(indices: Iterable[Index]) -> int:
