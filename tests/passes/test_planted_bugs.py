@@ -38,6 +38,7 @@ from passes.simplify import (
     sums,
     zeros,
 )
+from passes.simplify.factors import terms
 from passes.strategies import jvp_over_gradient
 from rewriter import step
 from tests.oracle import check
@@ -171,6 +172,17 @@ def second_derivative(net: nn.Module, x: Tensor) -> Tensor:
     return (g[:, 1] + h[:, 0]).square().sum()
 
 
+def norms_of_samples(net: nn.Module, x: Tensor) -> Tensor:
+    """Of the gradients in all parameters, several places a sample."""
+
+    def output(parameters: dict[str, Tensor], point: Tensor) -> Tensor:
+        return torch.func.functional_call(net, parameters, (point,)).sin().sum()
+
+    gradient = torch.func.vmap(torch.func.grad(output), in_dims=(None, 0))
+    found = gradient(dict(net.named_parameters()), x)
+    return sum((g.flatten(1).square().sum(1).sin().sum() for g in found.values()), 0 * x.sum())
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -199,6 +211,10 @@ def normalized() -> nn.Module:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 9)).double()
 
 
 def convolutions() -> nn.Module:
@@ -242,6 +258,7 @@ SUBJECTS = {
     "attention": Subject(hessian_vector, lambda: Attention().double(), (3, 2, 4), dynamic=False),
     "broadcast": Subject(columns_alike),
     "coordinate": Subject(second_derivative),
+    "samples": Subject(norms_of_samples, wide, (3, 2, 9), strategy="auto", dynamic=False),
     "data": Subject(with_data, piecewise, strategy="auto"),
 }
 
@@ -467,6 +484,20 @@ def contraction_without_the_cotangent(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(contractions, "_of_product", wrong)
 
 
+def places_are_summed_in_step(patch: pytest.MonkeyPatch) -> None:
+    """``(Σₜ δₜ aₜ)² = Σₜ (δₜ aₜ)²``: both factors are summed over one index."""
+
+    def wrong(self: Any) -> Any:
+        names = {i: (terms.Index(i.size),) for i in sum(self.dims, ())}
+        return self.renamed(names)
+
+    patch.setattr(terms.Expression, "fresh", wrong)
+
+
+def numbers_are_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(terms.Expression, "scaled", lambda self, scale: self)
+
+
 def every_filling_is_one(patch: pytest.MonkeyPatch) -> None:
     right = filled.filling
     patch.setattr(filled, "filling", lambda node: None if right(node) is None else 1)
@@ -571,6 +602,8 @@ PLANTED: dict[Plant, str] = {
     unit_vectors_are_the_first: "coordinate",
     rows_are_equal: "broadcast",
     contraction_without_the_cotangent: "hvp",
+    places_are_summed_in_step: "samples",
+    numbers_are_forgotten: "samples",
     every_filling_is_one: "hvp",
     product_of_a_batch_is_doubled: "attention",
     other_operands_do_not_count: "rows",

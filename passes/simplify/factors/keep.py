@@ -11,7 +11,7 @@ takes the least work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.graph import arguments, elements, value_of
-from passes.price import evaluated, node_flops
 from passes.simplify.factors.lowering import Lowering, work
 from passes.simplify.factors.moves import AFTER, VIEWS, Moves, is_multilinear
 from passes.simplify.factors.order import MOST_FACTORS
@@ -50,38 +49,17 @@ class _Found:
     roots: dict[Node, Expression] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A cheaper way to compute some nodes.
-
-    Attributes:
-        lowering: What has added it to the graph.
-        replaced: What stands in for each node.
-        flops: How many FLOPs more it takes.
-    """
-
-    lowering: Lowering
-    replaced: dict[Node, Node]
-    flops: int
-
-
 def keep_factors(graph: Graph) -> int:
     """``sum((A B) ⊙ (C D)) → …`` contracted in the order of least work, for any sums, products and
     views, where that is less work than before.
 
-    The FLOPs do not grow: a matrix product in place of a pointwise product and a sum, which count
-    none, has to be paid for by others.
+    Work is additions, multiplications and elements written. A pointwise product and a sum are more
+    of it than the matrix product that takes their place, which alone counts in FLOPs.
     """
     moves = Moves(graph)
-    found = [form for part in _parts(_find(graph, moves)) if (form := _cheaper(graph, part))]
     replaced: dict[Node, Node] = {}
-    flops = 0
-    for form in sorted(found, key=lambda form: form.flops):
-        if flops + form.flops > 0:  # others have not saved as many
-            form.lowering.drop()
-            continue
-        flops += form.flops
-        replaced |= form.replaced
+    for part in _parts(_find(graph, moves)):
+        replaced |= _cheaper(graph, part)
     for root, made in replaced.items():
         root.replace_all_uses_with(made)
     for root in sorted(replaced, reverse=True):
@@ -115,7 +93,7 @@ def _read(node: Node, moves: Moves, found: _Found, formed: set[Node]) -> None:
         expression = moves.of(node, lambda x: _operand(x, moves, found))
     except NotAProduct:
         return
-    is_kept = _saves_memory(node, expression) or _is_in_a_chain(node)
+    is_kept = _saves_memory(node, expression, found.kept) or _is_in_a_chain(node)
     is_kept = is_kept or (node.target in VIEWS and has_kept)
     is_kept = is_kept and node not in formed and node.target not in AFTER
     if len(expression.terms) > _MOST_TERMS or _longest(expression) > (
@@ -134,9 +112,13 @@ def _longest(expression: Expression) -> int:
     return max((len(term.factors) for term in expression.terms), default=0)
 
 
-def _saves_memory(node: Node, expression: Expression) -> bool:
-    """Whether the factors have less than half the elements that the tensor has."""
-    return 2 * sum(elements(value_of(x)) for x in expression.leaves()) < elements(value_of(node))
+def _saves_memory(node: Node, expression: Expression, kept: Mapping[Node, Expression]) -> bool:
+    """Whether the factors have fewer elements than the tensor has; less than half of them if they
+    are more than those of one operand, for otherwise a network is kept as the factors of it all."""
+    leaves = expression.leaves()
+    operands = [kept[source].leaves() for source in _sources(node) if source in kept]
+    least = 1 if not operands or leaves in operands else 2
+    return least * sum(elements(value_of(x)) for x in leaves) < elements(value_of(node))
 
 
 def _operand(node: Any, moves: Moves, found: _Found) -> Expression:
@@ -208,24 +190,14 @@ def _among(expressions: Mapping[Node, Expression], part: set[Node]) -> dict[Node
     return {node: found for node, found in expressions.items() if node in part}
 
 
-def _cheaper(graph: Graph, part: _Found) -> _Form | None:
-    """Return what to put in place of each root; None where that is no less work."""
+def _cheaper(graph: Graph, part: _Found) -> dict[Node, Node]:
+    """Return what to put in place of each root; nothing where that is no less work."""
     lowering = Lowering(graph)
     try:
         replaced = {root: lowering.lower(found, root) for root, found in part.roots.items()}
     except NotAProduct:
-        lowering.drop()
-        return None
-    before, after = (_cost(nodes) for nodes in ([*part.kept, *part.roots], lowering.made))
-    if after[1] < before[1]:
-        return _Form(lowering, replaced, after[0] - before[0])
+        replaced = {}
+    if replaced and sum(map(work, lowering.made)) < sum(map(work, [*part.kept, *part.roots])):
+        return replaced
     lowering.drop()
-    return None
-
-
-def _cost(nodes: Iterable[Node]) -> tuple[int, int]:
-    flops = work_done = 0
-    for node in nodes:
-        flops += evaluated(node_flops(node), {})
-        work_done += work(node)
-    return flops, work_done
+    return {}

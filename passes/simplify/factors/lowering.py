@@ -232,7 +232,11 @@ class Lowering:
         order = sorted(range(value.dim()), key=lambda d: -hint(value.stride(d)))
         turned = self._call(aten.permute.default, (node, order), root)
         copied = call(
-            self.graph, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}, root
+            self.graph,
+            aten.clone.default,
+            (turned,),
+            {"memory_format": torch.contiguous_format},
+            root,
         )
         self.made.append(copied)
         back = [order.index(d) for d in range(len(order))]
@@ -240,16 +244,15 @@ class Lowering:
 
 
 def work(node: Node) -> int:
-    """Return how many multiplications and additions an operator takes: the price counts those of
-    matrix products, here pointwise operators and sums count too."""
+    """Return the multiplications and additions of an operator and the elements that it writes."""
     value = value_of(node)
     if not isinstance(value, Tensor):
         return 0
     if node.target in (aten.mm.default, aten.bmm.default):
-        return 2 * elements(value) * hint(value_of(node.args[0]).shape[-1])
+        return elements(value) * (2 * hint(value_of(node.args[0]).shape[-1]) + 1)
     if node.target in _SUMS:
-        return elements(value_of(node.args[0]))
-    return elements(value) if node.target in _POINTWISE else 0
+        return elements(value_of(node.args[0])) + elements(value)
+    return 2 * elements(value) if node.target in _POINTWISE else 0
 
 
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.linalg_vector_norm.default}

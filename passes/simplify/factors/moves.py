@@ -29,6 +29,7 @@ from passes.simplify.factors.terms import (
     reshaped,
     summed,
 )
+from passes.simplify.filled import filling
 
 aten = torch.ops.aten
 
@@ -304,8 +305,8 @@ def _where(moves: Moves, node: Node, read: Read) -> Expression:
     """``where(mask, 0, x)`` and ``where(mask, x, 0)``: zero in each factor that knows the row, so
     that none is left infinite where the product was not taken."""
     mask, one, other = arguments(node)
-    x, position = (other, 2) if is_zero(one) else (one, 1)
-    if not is_zero(other if position == 1 else one) or not isinstance(x, Node):
+    x, position = (other, 2) if _is_zero(one) else (one, 1)
+    if not _is_zero(other if position == 1 else one) or not isinstance(x, Node):
         raise NotAProduct("a choice between two tensors")
     found, masks, dims = aligned(read(x), leaf(mask))
     (masked,) = (f for term in masks.terms for f in term.factors)
@@ -337,11 +338,9 @@ def _masked(moves: Moves, factor: Factor, mask: Factor, node: Node, position: in
     return Factor(moves.make(aten.where.self, args, node), factor.dims)
 
 
-def is_zero(item: Any) -> bool:
-    """Whether a tensor is a single zero."""
-    if not isinstance(item, Node) or item.target is not aten.full.default:
-        return False
-    return arguments(item)[1] == 0 and value_of(item).dim() == 0
+def _is_zero(item: Any) -> bool:
+    """Whether an item is a single zero."""
+    return filling(item) == 0 and (not isinstance(item, Node) or value_of(item).dim() == 0)
 
 
 _COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}

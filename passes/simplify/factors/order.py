@@ -22,7 +22,7 @@ class Step:
     Attributes:
         parts: Two steps, or a factor.
         kept: The indices that are left.
-        work: Multiplications and additions, those inside of the parts included.
+        work: Multiplications, additions and elements written, those inside of the parts included.
     """
 
     parts: tuple[Step, Step] | Factor
@@ -35,9 +35,8 @@ def cheapest(
 ) -> Step:
     """Return the order with the least work, of all that there are.
 
-    ``Σ`` over an index is taken as soon as all factors that have it are multiplied. The work of a
-    product is the number of values of all of its indices, twice that where some are summed over;
-    what is known already takes none.
+    ``Σ`` over an index is taken as soon as all factors that have it are multiplied. What is known
+    already takes no work.
 
     Args:
         factors: What is multiplied.
@@ -58,7 +57,8 @@ def cheapest(
     best: dict[int, Step] = {}
     for i, factor in enumerate(factors):
         left = kept(1 << i)
-        best[1 << i] = Step(factor, left, _values(indices[i]) if left != indices[i] else 0)
+        total = _values(indices[i]) + _values(left)
+        best[1 << i] = Step(factor, left, total if left != indices[i] else 0)
     for subset in sorted(range(1, everything + 1), key=int.bit_count):
         if subset in best:
             continue
@@ -66,14 +66,23 @@ def cheapest(
         while part:
             if part < subset ^ part:  # each pair once
                 one, other = best[part], best[subset ^ part]
-                union = one.kept | other.kept
-                work = one.work + other.work + _values(union) * (1 if union == left else 2)
+                work = one.work + other.work + _work(one.kept, other.kept, left)
                 if subset not in best or work < best[subset].work:
                     best[subset] = Step((one, other), left, work)
             part = (part - 1) & subset
         if known and key_of(best[subset])[0] in known:
             best[subset] = replace(best[subset], work=0)
     return best[everything]
+
+
+def _work(one: frozenset[Index], other: frozenset[Index], left: frozenset[Index]) -> int:
+    """Return the work of a product: one multiplication for each value of all indices, and one
+    addition where some are summed over. If the sum is no matrix product, all terms are written."""
+    every = one | other
+    is_matrix_product = every != left and one != other
+    return _values(every) * (2 if is_matrix_product or every == left else 3) + (
+        _values(left) if every != left else 0
+    )
 
 
 def key_of(step: Step) -> tuple[Any, Dim]:

@@ -91,7 +91,8 @@ class Expression:
     def renamed(self, names: Names) -> Expression:
         """Return the expression with indices replaced."""
         return Expression(
-            tuple(_renamed(d, names) for d in self.dims), tuple(t.renamed(names) for t in self.terms)
+            tuple(_renamed(d, names) for d in self.dims),
+            tuple(t.renamed(names) for t in self.terms),
         )
 
     def fresh(self) -> Expression:
