@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.workloads import WORKLOADS, Case, Workload
+from examples.workloads import WORKLOADS, Case, Workload, directions, jacobians, operators
+from examples.workloads.networks import DeepONet, Velocity, mlp
 from rewriter import optimize_nested
 from rewriter.bench import Contender
 from rewriter.naming import named_tensors
-from tests.oracle import relative_error
+from tests.oracle import check, relative_error
+
+
+def points(*shape: int) -> Tensor:
+    return torch.randn(*shape).requires_grad_()
+
 
 # One case of each workload that is quick to capture.
 CASES: dict[str, Case] = {}
@@ -27,9 +35,16 @@ for workload in WORKLOADS:
 def in_float64(value: Any) -> Any:
     if isinstance(value, torch.nn.Module):
         return copy.deepcopy(value).double()
-    if value.is_floating_point():
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value
+
+
+def fewer(value: Any, batch: int, count: int) -> Any:
+    """Keep the first points only, along the first dimension that is as long as the batch."""
+    if not isinstance(value, torch.Tensor) or batch not in value.shape:
+        return value
+    return value.narrow(value.shape.index(batch), 0, count)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.func_form])
@@ -49,6 +64,35 @@ def test_losses_run_as_written(workload: Workload) -> None:
     assert not step.refusal and step.value.isfinite().all()
 
 
+# Loss, network, its other arguments; of few entries.
+SMALL: dict[Callable[..., Tensor], tuple[nn.Module, tuple[Any, ...]]] = {
+    directions.stochastic_laplacian: (mlp([5, 8, 1]), (points(4, 5), torch.randn(2, 4, 5))),
+    directions.stochastic_biharmonic: (mlp([2, 8, 1]), (points(4, 2), torch.randn(1, 4, 2))),
+    directions.sampled: (mlp([7, 8, 1]), (points(4, 7), torch.tensor([1, 5]))),
+    directions.hessian_norm: (mlp([2, 8, 8, 3], nn.ReLU), (torch.randn(5, 2),)),
+    jacobians.quadratic_form: (mlp([4, 8, 4]), (torch.randn(5, 4), torch.randn(5, 4))),
+    jacobians.quadratic_form_by_rows: (mlp([3, 8, 3]), (points(5, 3), torch.randn(5, 3))),
+    jacobians.batch_norm_of_jacobian: (mlp([4, 8, 3]), (torch.randn(5, 4),)),
+    jacobians.sensitivity: (mlp([1, 8, 8, 1]), (torch.randn(5, 1),)),
+    jacobians.gram: (mlp([1, 8, 8, 1]), (torch.randn(5, 1), torch.randn(5, 5))),
+    operators.all_derivatives: (DeepONet(6, 2, 8), (torch.randn(2, 6), points(5, 2), 2)),
+    operators.likelihood: (Velocity(2, [8, 8]), (torch.randn(6, 2), torch.randn(6, 2), 1)),
+}
+
+
+@pytest.mark.parametrize("loss", SMALL, ids=lambda loss: loss.__name__)
+def test_ours_is_the_loss_as_written(loss: Callable[..., Tensor]) -> None:
+    net, args = SMALL[loss]
+    check(loss, [in_float64(net)], *map(in_float64, args))
+
+
+def test_every_new_loss_has_a_small_form() -> None:
+    """A workload that is added is compared with itself as written, too."""
+    modules = (directions, jacobians, operators)
+    found = {case.loss for m in modules for w in m.WORKLOADS for case in w.cases(False)}
+    assert found == set(SMALL)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("gp_")])
 def test_figures(name: str) -> None:
     case = CASES[name]
@@ -59,13 +103,19 @@ def test_figures(name: str) -> None:
     assert report.flops / counter.get_total_flops() <= case.flops_over_f
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "float64, 8" in n or "D=2" in n])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(n for n in CASES if "float64, 8" in n or "D=2" in n),
+        *(n for n in CASES if n.endswith(("1 samples", "2 samples", "16 of 100", "‖J‖²", "rows"))),
+        "vmap_hessian_relu, ReLU",
+    ],
+)
 def test_forms_in_jax_are_one_loss(name: str) -> None:
     pytest.importorskip("jax")
     in_jax = importlib.import_module("examples.workloads.in_jax")
     case = CASES[name]
-    net, points, *rest = case.args
-    args = tuple(in_float64(value) for value in (net, points[:4], *rest))
+    args = tuple(in_float64(fewer(value, len(case.args[1]), 4)) for value in case.args)
     forms = {"E": case.loss, "J": in_jax.InJax(case.loss, args, backward=case.backward)}
     wanted = [x for x in named_tensors(case.loss, args, {}).values() if x.requires_grad]
     eager, jitted = (Contender(n, f, wanted, backward=case.backward) for n, f in forms.items())

@@ -42,7 +42,7 @@ def moved(value: Any, device: str) -> Any:
         return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, torch.Tensor) and value.requires_grad:
         return value.detach().to(device).requires_grad_()
-    return value.to(device)
+    return value.to(device) if isinstance(value, (torch.Tensor, torch.nn.Module)) else value
 
 
 def columns_of(case: Case) -> list[str]:

@@ -1,6 +1,7 @@
 """The losses of some workloads in JAX, with the networks' own weights: value and gradients as a
 user of JAX computes them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
-from examples.workloads import penalties, physics
+from examples.workloads import directions, jacobians, penalties, physics
 
 Weights = list[tuple[Any, Any]]
 Net = Callable[[Weights, Any], Any]
@@ -75,6 +76,64 @@ def biharmonic(net: Net, weights: Weights, points: Any) -> Any:
     return jnp.mean(jax.vmap(lambda x: laplacian(once, x, one))(points) ** 2)
 
 
+def along(function: Callable[[Any], Any], x: Any, direction: Any, order: int) -> Any:
+    """Return a derivative of a function of one point (dim,) along a direction, forward mode nested
+    in itself."""
+    for _ in range(order):
+        function = functools.partial(_slope, function, direction)
+    return function(x)
+
+
+def _slope(function: Callable[[Any], Any], direction: Any, x: Any) -> Any:
+    return jax.jvp(function, (x,), (direction,))[1]
+
+
+def _mean_along(net: Net, weights: Weights, points: Any, directions: Any, order: int) -> Any:
+    def at(x: Any, v: Any) -> Any:
+        return along(lambda x: net(weights, x)[0], x, v, order)
+
+    return jnp.mean(jax.vmap(jax.vmap(at), (None, 0))(points, directions), axis=0)
+
+
+def stochastic_laplacian(net: Net, weights: Weights, points: Any, directions: Any) -> Any:
+    """See `directions.stochastic_laplacian`."""
+    return _mean_along(net, weights, points, directions, 2)
+
+
+def stochastic_biharmonic(net: Net, weights: Weights, points: Any, directions: Any) -> Any:
+    """See `directions.stochastic_biharmonic`."""
+    return _mean_along(net, weights, points, directions, 4) / 3
+
+
+def sampled(net: Net, weights: Weights, points: Any, dims: Any) -> Any:
+    """See `directions.sampled`."""
+    ones = jax.nn.one_hot(dims, points.shape[1], dtype=points.dtype)
+
+    def estimate(x: Any) -> Any:
+        second = jax.vmap(lambda v: along(lambda x: net(weights, x)[0], x, v, 2))(ones)
+        return jnp.mean(second) * points.shape[1]
+
+    return jnp.mean((jax.vmap(estimate)(points) - 1) ** 2)
+
+
+def quadratic_form(net: Net, weights: Weights, points: Any, v: Any) -> Any:
+    """See `jacobians.quadratic_form`."""
+    found = jax.vmap(jax.jacrev(lambda x: net(weights, x)))(points)
+    return jnp.mean(jnp.einsum("ni,nij,nj->n", v, found, v) ** 2)
+
+
+def norm_of_jacobian(net: Net, weights: Weights, points: Any) -> Any:
+    """See `jacobians.func_norm_of_jacobian`."""
+    found = jax.vmap(jax.jacrev(lambda x: net(weights, x)))(points)
+    return jnp.sum(found**2) / len(points)
+
+
+def hessian_norm(net: Net, weights: Weights, points: Any) -> Any:
+    """See `directions.hessian_norm`."""
+    second = jax.vmap(jax.hessian(lambda x: net(weights, x)))(points)
+    return jnp.mean(net(weights, points) ** 2) + jnp.mean(second**2)
+
+
 # Loss in PyTorch → in JAX; the others have no form of their own there.
 FORMS: dict[Callable[..., Tensor], Callable[..., Any]] = {
     physics.force_matching: force_matching,
@@ -85,10 +144,18 @@ FORMS: dict[Callable[..., Tensor], Callable[..., Any]] = {
     physics.poisson: poisson,
     physics.biharmonic: biharmonic,
     physics.burgers: burgers,
+    directions.stochastic_laplacian: stochastic_laplacian,
+    directions.stochastic_biharmonic: stochastic_biharmonic,
+    directions.sampled: sampled,
+    directions.hessian_norm: hessian_norm,
+    jacobians.quadratic_form: quadratic_form,
+    jacobians.quadratic_form_by_rows: quadratic_form,
+    jacobians.batch_norm_of_jacobian: norm_of_jacobian,
 }
 
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Any]] = {
     nn.Tanh: jnp.tanh,
+    nn.ReLU: jax.nn.relu,
     nn.LeakyReLU: jax.nn.leaky_relu,
 }
 

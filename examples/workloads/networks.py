@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -76,3 +77,33 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (batch, classes)."""
         return self.head(self.layers(tokens).mean(1))
+
+
+class DeepONet(nn.Module):
+    """An operator: functions by their values (functions, sensors), points (points, dim) → values
+    (functions, points); a network for each, three layers, and a product of what they return.
+
+    Source: Lu et al. (2021), "Learning nonlinear operators via DeepONet", equation 2.
+    """
+
+    def __init__(self, sensors: int, dim: int, width: int) -> None:
+        super().__init__()
+        self.branch = mlp([sensors, width, width, width])
+        self.trunk = mlp([dim, width, width, width])
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, functions: Tensor, points: Tensor) -> Tensor:
+        """Return the values."""
+        return self.branch(functions) @ self.trunk(points).T + self.bias
+
+
+class Velocity(nn.Module):
+    """A velocity that depends on time: points (batch, dim) → (batch, dim), softplus inside."""
+
+    def __init__(self, dim: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.net = mlp([dim + 1, *widths, dim], nn.Softplus)
+
+    def forward(self, x: Tensor, time: float) -> Tensor:
+        """Return the velocities at a time."""
+        return self.net(torch.cat([x, torch.full_like(x[:, :1], time)], dim=1))
