@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from passes.custom_rules import CUSTOM
 from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, ZERO
 
 aten = torch.ops.aten
@@ -331,6 +332,8 @@ def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -
         return None
     if target not in REAL_LINEAR and _is_complex([out, args]):
         return _pytorch_rule(target, out, args, kwargs, along)
+    if target in CUSTOM:
+        return CUSTOM[target].tangent(target, out, args, kwargs, along)
     if target in RULES:
         return RULES[target](target, out, args, kwargs, along)
     if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):

@@ -9,7 +9,9 @@ from rewriter.errors import (
     NestedGradientWarning,
     NotRewritten,
     OptimizeNestedError,
+    RuleError,
 )
+from rewriter.operator_rules import register_elementwise, register_linear, register_taylor_rule
 from rewriter.options import disabled
 from rewriter.report import Report
 from rewriter.start import wait_until_compiled
@@ -24,9 +26,13 @@ __all__ = [
     "OptimizeNestedError",
     "OptimizedLoss",
     "Report",
+    "RuleError",
     "__version__",
     "disabled",
     "load",
     "optimize_nested",
+    "register_elementwise",
+    "register_linear",
+    "register_taylor_rule",
     "wait_until_compiled",
 ]

@@ -42,6 +42,10 @@ class OptionError(OptimizeNestedError, ValueError):
     """An option asks for something that this loss does not have."""
 
 
+class RuleError(OptimizeNestedError, ValueError):
+    """A rule that is not its operator's, or that cannot be compared with it."""
+
+
 class NotRewritten(OptimizeNestedError):
     """`strict=True`, and a derivative would be left as written."""
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
+from passes.custom_rules import CUSTOM
 from passes.graph import is_equal, reaches, value_of, where
 from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
 
@@ -76,6 +78,9 @@ def _keeps_rows(node: Node, moving: set[Node]) -> bool:
     """Whether row n of the result depends on row n of what moves."""
     args: Any = node.args
     target = node.target
+    if target in CUSTOM:
+        reads = [arg for i, arg in enumerate(args) if i not in CUSTOM[target].rows]
+        return not any(n in moving for n in _nodes_in((reads, node.kwargs)))
     if target in POINTWISE:
         rank = value_of(node).dim()
         reads = [n for n in node.all_input_nodes if n in moving]
@@ -109,6 +114,10 @@ def _keeps_rows(node: Node, moving: set[Node]) -> bool:
     if target is aten.convolution.default:
         return args[0] in moving and args[1] not in moving and args[2] not in moving
     return False
+
+
+def _nodes_in(arguments: Any) -> list[Node]:
+    return [item for item in pytree.tree_leaves(arguments) if isinstance(item, Node)]
 
 
 def _same_rows(before: Node, after: Node) -> bool:

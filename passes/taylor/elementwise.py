@@ -17,7 +17,8 @@ X, Y = Symbol("x", real=True), Symbol("y", real=True)
 _POSITIVE = Symbol("y", positive=True)
 ALPHA, BETA, SCALE, LIMIT = sympy.symbols("alpha beta scale limit", real=True)
 
-_TORCH = {
+# What sympy's functions are called in code.
+TORCH_FUNCTIONS = {
     **{name: getattr(torch, name) for name in ("exp", "log", "sin", "cos", "tan", "sqrt")},
     **{name: getattr(torch, name) for name in ("sinh", "cosh", "tanh", "erf")},
 }
@@ -153,9 +154,9 @@ def _compiled(function: Function, order: int) -> list[tuple[Any, Callable[..., l
         found = taylor_coefficients(expression, function.inverse, order)
         holds = None
         if condition is not sympy.true:
-            holds = sympy.lambdify([X, *parameters], condition, modules=[_TORCH])
+            holds = sympy.lambdify([X, *parameters], condition, modules=[TORCH_FUNCTIONS])
         code = sympy.lambdify(
-            [X, Y, *parameters], [_in_floats(f) for f in found], modules=[_TORCH], cse=True
+            [X, Y, *parameters], [_in_floats(f) for f in found], modules=[TORCH_FUNCTIONS], cse=True
         )
         pieces.append((holds, functools.partial(_values, code, [f == 0 for f in found])))
     return pieces

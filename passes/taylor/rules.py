@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from passes.custom_rules import CUSTOM
 from passes.tangent_rules import tangent_of
 from passes.tangent_tables import BILINEAR, LINEAR, ZERO
 from passes.taylor.elementwise import derivatives, function_of
@@ -57,6 +58,8 @@ def series_of(jets: Jets, target: Any, out: Any, args: tuple, kwargs: dict, alon
         return jets.zero
     if any(isinstance(x, Tensor) and x.is_complex() for x in pytree.tree_leaves((out, args))):
         raise NoSeries(f"{target}: complex numbers")
+    if target in CUSTOM:
+        return CUSTOM[target].series(jets, target, out, args, kwargs, along)
     if target in PIECEWISE_LINEAR:
         return _linear(jets, target, out, args, kwargs, along)
     if target in RULES_OF_SERIES:
@@ -71,7 +74,17 @@ def _can_move(out: Any) -> bool:
 
 
 def _linear(jets: Jets, target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Series:
-    """Move each coefficient as a tangent."""
+    return linear_series(jets, along, lambda t: tangent_of(target, out, args, kwargs, t))
+
+
+def linear_series(jets: Jets, along: tuple, tangent: Callable[[tuple], Any]) -> Series:
+    """Move each coefficient as a tangent: the operator is linear in what moves.
+
+    Args:
+        jets: The arithmetic.
+        along: Coefficients of the arguments.
+        tangent: Tangents of the arguments → tangent of the result.
+    """
     leaves, spec = pytree.tree_flatten(along, is_leaf=_is_leaf)
     found: list[Any] = []
     for n in range(jets.order):
@@ -82,8 +95,7 @@ def _linear(jets: Jets, target: Any, out: Any, args: tuple, kwargs: dict, along:
         def move(*given: Any, moving: Any = moving, inner: Any = inner) -> Any:
             rest = iter(given)
             tangents = [None if term is None else next(rest) for term in moving]
-            terms = pytree.tree_unflatten(tangents, inner)
-            return tangent_of(target, out, args, kwargs, pytree.tree_unflatten(terms, spec))
+            return tangent(pytree.tree_unflatten(pytree.tree_unflatten(tangents, inner), spec))
 
         found.append(jets.each(n + 1, move, *there) if there else None)
     return Series(tuple(found))
