@@ -3,6 +3,7 @@ judges them."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -26,12 +27,18 @@ import burgers
 import critic
 import digits
 import flow
+import flow_exact
+import heat_operator
+import kuramoto_sivashinsky
 import layers
 import maml
 import overhead
 import poisson
+import poisson_10d
+import scores
 import sharpness
 import side_by_side
+import study
 import training
 
 TINY = ["--backend", "eager", "--rounds", "2", "--seed", "1"]
@@ -73,6 +80,84 @@ def test_example_runs(
         assert words in printed
     assert "picture: picture.png" in printed
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        pytest.param(poisson_10d, "rewritten (taylor)", id="poisson_10d"),
+        pytest.param(kuramoto_sivashinsky, "relative L2 error", id="kuramoto_sivashinsky"),
+        pytest.param(scores, "sliced matching", id="scores"),
+        pytest.param(flow_exact, "nats", id="flow_exact"),
+        pytest.param(heat_operator, "for new functions", id="heat_operator"),
+    ],
+)
+def test_study_runs(
+    example: Any, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradients are those as written, in float64: `check` compares them."""
+    checked = functools.partial(optimize_nested, check=True)
+    monkeypatch.setattr(study, "optimize_nested", checked)
+    monkeypatch.setattr(flow_exact, "STEPS", 1)
+    example.STUDY.run([*TINY, "--points", "4", "--steps", "2", "--out", "picture.png"])
+    printed = capsys.readouterr().out
+    for words in ("as written (eager)", "optimize_nested", "picture: picture.png", said):
+        assert words in printed
+    assert "did not run" not in printed
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    lines = Path(example.__file__).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 100
+
+
+def test_front_satisfies_the_equation() -> None:
+    x, t = ((8 * torch.rand(9, 1).double() - 4).requires_grad_() for _ in "xt")
+
+    def slope(u: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(u.sum(), at, create_graph=True)[0]
+
+    u = kuramoto_sivashinsky.exact_solution(x, t)
+    u_xx = slope(slope(u, x), x)
+    residual = slope(u, t) + u * slope(u, x) + u_xx + slope(slope(u_xx, x), x)
+    assert residual.abs().max() < 1e-12
+
+
+def test_source_in_ten_dimensions_is_that_of_the_solution() -> None:
+    x = poisson_10d.draw_points(5)[0].detach().double()
+    found = vmap(hessian(poisson_10d.exact_solution))(x).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(found, poisson_10d.source(x))
+    on_sphere = torch.nn.functional.normalize(x.float())
+    torch.testing.assert_close(poisson_10d.Ball()(on_sphere), torch.zeros(5), rtol=0, atol=1e-6)
+
+
+def test_score_is_the_gradient_of_a_density_and_the_data_are_its_samples() -> None:
+    x, _ = scores.draw_batch(20_000)
+    torch.testing.assert_close(scores.exact_score(x).mean(0), torch.zeros(2), rtol=0, atol=0.1)
+    # Stein's identity: the mean of s(x) xᵀ is −1 under the density of which s is the score.
+    product = scores.exact_score(x).T @ x / len(x)
+    torch.testing.assert_close(product, -torch.eye(2), rtol=0, atol=0.1)
+
+
+def test_densities_of_the_exact_flow_sum_to_one() -> None:
+    torch.manual_seed(0)
+    velocity = flow_exact.Velocity(width=8).double()
+    x = torch.linspace(-9, 9, 121, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(x, x, indexing="xy"), dim=-1).flatten(0, 1)
+    logs = flow_exact.log_density(velocity, grid, 8), flow_exact.exact_log_density(grid)
+    for log in logs:
+        assert (log.exp().sum() * (x[1] - x[0]) ** 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_heat_solution_satisfies_the_equation() -> None:
+    a, x, t = (torch.rand(n).double() for n in (heat_operator.WAVES, 7, 7))
+    u = heat_operator.exact_solution
+    u_t = vmap(torch.func.grad(lambda x, t: u(a, x, t), 1))(x, t)
+    u_xx = vmap(torch.func.grad(torch.func.grad(lambda x, t: u(a, x, t))))(x, t)
+    torch.testing.assert_close(u_t, heat_operator.KAPPA * u_xx)
+    net, corners = heat_operator.DeepONet(width=4).double(), torch.tensor([0.0, 1.0]).double()
+    start = net(a.expand(7, -1), x, torch.zeros_like(x))
+    torch.testing.assert_close(start, u(a, x, 0.0))
+    sides = net(a.expand(2, -1), corners, t[:2])
+    torch.testing.assert_close(sides, torch.zeros(2).double(), rtol=0, atol=1e-12)
 
 
 def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
