@@ -2,8 +2,8 @@
 
     u_t = κ u_xx on [0, 1],  u(0, t) = u(1, t) = 0,  u(x, 0) = f(x) = Σ aₖ sin(kπx)
 
-The network is a product of a branch, for the values of f at sensors, and a trunk, for x and t (Lu et
-al., 2021; Wang, Wang, Perdikaris, 2021). Derivatives are asked for at each function and point.
+The network is a product of a branch, for the values of f at sensors, and a trunk, for x and t (Lu
+et al., 2021; Wang, Wang, Perdikaris, 2021). Derivatives are taken at each function and point.
 
 Run `python examples/heat_operator.py --quick`: the report on the loss, its time per step, the
 training and the error for new functions, and `heat_operator.png`.

@@ -98,6 +98,12 @@ def _scalar_shift(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tu
     return _grown(along[0], out)
 
 
+def _reversed_difference(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """``b − αx``: what ``1 - x`` is."""
+    alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
+    return _grown(-along[0] if alpha == 1 else along[0] * -alpha, out)
+
+
 def _bilinear(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
     total = None
     for position in BILINEAR[target]:
@@ -283,6 +289,7 @@ RULES: dict[Any, Callable[[Any, Any, tuple, dict, tuple], Any]] = {
     aten.sub.Tensor: _add,
     aten.add.Scalar: _scalar_shift,
     aten.sub.Scalar: _scalar_shift,
+    aten.rsub.Scalar: _reversed_difference,
     aten.where.self: _where,
     aten.div.Tensor: _div,
     aten.pow.Tensor_Scalar: _pow_scalar,

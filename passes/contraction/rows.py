@@ -25,6 +25,7 @@ class RowsMix(Exception):
 POINTWISE = {
     *ELEMENTWISE, *FROM_BACKWARD, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor,
     aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
+    aten.rsub.Scalar,
     aten.neg.default, aten.pow.Tensor_Scalar, aten.where.self, aten.clamp.default,
     aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default,
     aten.clone.default, aten.alias.default, aten.detach.default, aten.acosh.default,

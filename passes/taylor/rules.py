@@ -31,7 +31,8 @@ class NoSeries(Exception):
 
 # Linear in all that moves, near almost every point: coefficients move as tangents do.
 PIECEWISE_LINEAR = {
-    *LINEAR, aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.where.self,
+    *LINEAR, aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar,
+    aten.where.self,
     aten.relu.default, aten.leaky_relu.default, aten.hardtanh.default,
     aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
     aten.maximum.default, aten.minimum.default, aten.amax.default, aten.amin.default,
