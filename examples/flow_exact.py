@@ -5,7 +5,7 @@ trace of the full Jacobian of each point, in steps of the midpoint rule. The dat
 that is known, six normal distributions on a circle, so the distance to it can be told.
 
 Run `python examples/flow_exact.py --quick`: the report on the loss, its time per step, the training
-and the divergence from the data's density in nats, and `flow_exact.png`.
+and the divergence from the data's density, and `flow_exact.png`.
 """
 
 import functools
@@ -19,8 +19,7 @@ from torch.func import jacrev, vmap
 
 from rewriter import optimize_nested
 
-STEPS, WIDTH = 4, 0.35
-ANGLES = torch.arange(6) * math.pi / 3
+STEPS, WIDTH, ANGLES = 4, 0.35, torch.arange(6) * math.pi / 3
 CENTRES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
 
 
@@ -49,8 +48,8 @@ def log_density(velocity: nn.Module, x: Tensor, steps: int = STEPS) -> Tensor:
 
 def exact_log_density(x: Tensor) -> Tensor:
     """Return that of the data at points (batch, 2)."""
-    squares = (x[:, None] - CENTRES).square().sum(2) / (2 * WIDTH**2)
-    return (-squares).logsumexp(1) - math.log(len(CENTRES) * 2 * math.pi * WIDTH**2)
+    powers = -(x[:, None] - CENTRES).square().sum(2) / (2 * WIDTH**2)
+    return powers.logsumexp(1) - math.log(6 * 2 * math.pi * WIDTH**2)
 
 
 @optimize_nested
@@ -61,7 +60,7 @@ def loss(velocity: nn.Module, x: Tensor) -> Tensor:
 
 def draw_batch(count: int) -> tuple[Tensor]:
     """Draw points (count, 2) of the data."""
-    return (CENTRES[torch.randint(len(CENTRES), (count,))] + WIDTH * torch.randn(count, 2),)
+    return (CENTRES[torch.randint(6, (count,))] + WIDTH * torch.randn(count, 2),)
 
 
 @torch.no_grad()
@@ -72,18 +71,18 @@ def draw(velocity: nn.Module, history: list[float], path: str) -> str:
     distance = -log_density(velocity, x, 4 * STEPS).mean().item() - entropy
     figure, axes = pictures.panels("A flow from noise to data", (0.8, 0.8, 0.8, 0.8, 1.1), 3.9)
     points, count = torch.randn(2000, 2), 24
-    colours = torch.atan2(points[:, 1], points[:, 0])
+    colours = torch.atan2(*points.T)
     for step in range(count + 1):
         if step % (count // 3) == 0:
             panel = axes[step // (count // 3)]
             panel.scatter(*points.T, c=colours, s=2, cmap="twilight", rasterized=True)
-            panel.set(title=f"t = {step / count:.2f}", xlim=(-3.4, 3.4), ylim=(-3.4, 3.4))
-            panel.set(aspect="equal", xticks=[], yticks=[])
+            limits = {"xlim": (-3.4, 3.4), "ylim": (-3.4, 3.4), "aspect": "equal"}
+            panel.set(title=f"t = {step / count:.2f}", xticks=[], yticks=[], **limits)
         half = points + velocity(points, step / count) / (2 * count)
         points = points + velocity(half, (step + 0.5) / count) / count
     axes[4].plot(history, linewidth=0.7, label="flow")
     axes[4].axhline(entropy, color="black", linestyle="--", linewidth=1, label="entropy of data")
-    title = f"negative log-likelihood (in the end +{distance:.3f})"
+    title = f"negative log-likelihood: entropy + {distance:.3f}"
     pictures.plain(axes[4], title=title, xlabel="training step", ylabel="nats")
     pictures.save(figure, path)
     return f"Kullback–Leibler divergence of the flow from the data: {distance:.3f} nats"

@@ -99,6 +99,8 @@ def test_study_runs(
     checked = functools.partial(optimize_nested, check=True)
     monkeypatch.setattr(study, "optimize_nested", checked)
     monkeypatch.setattr(flow_exact, "STEPS", 1)
+    monkeypatch.setattr(poisson_10d, "DIM", 3)
+    monkeypatch.setattr(poisson_10d, "DIRECTION", poisson_10d.DIRECTION[:3])
     example.STUDY.run([*TINY, "--points", "4", "--steps", "2", "--out", "picture.png"])
     printed = capsys.readouterr().out
     for words in ("as written (eager)", "optimize_nested", "picture: picture.png", said):
