@@ -49,7 +49,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
-from rewriter.guarded import Guarded
+from rewriter.guarded import past_the_wrapper
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -494,7 +494,7 @@ def compile_function(
         options["recompile_limit"] = MAX_SPECIALISATIONS
     own = _own_code(function)
     compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
-    return Guarded(own, compiled)
+    return past_the_wrapper(own, compiled)
 
 
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:

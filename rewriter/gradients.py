@@ -158,10 +158,6 @@ def own_tensors(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...
     """Give the caller tensors that share no memory with the inputs' by accident of
     simplification."""
     seen = set(map(id, inputs))
-    if len(outputs) == 1:
-        (value,) = outputs
-        taken = isinstance(value, Tensor) and (id(value) in seen or value._is_view())
-        return (value.clone() if taken else value,)
     result = []
     for value in outputs:
         taken = isinstance(value, Tensor) and (id(value) in seen or value._is_view())

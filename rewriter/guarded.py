@@ -3,23 +3,76 @@ code is run. The one file that knows how Dynamo keeps specialisations.
 
 Dynamo's own way to a specialisation is a wrapper that prepares for a trace which then is not
 needed, and a hook into the interpreter. For a small network that costs more than its guards do, and
-what the guards hold for is all that decides whether compiled code may run.
+what the guards hold for is all that decides whether compiled code may run. A version of PyTorch
+that lacks one of the names used here is called through Dynamo's own way.
 """
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo import eval_frame
-from torch._dynamo.mutation_guard import GenerationTracker
+import torch._dynamo.eval_frame
+import torch._dynamo.guards
+import torch._dynamo.mutation_guard
 
-_entries_of: Any = torch._C._dynamo.eval_frame._debug_get_cache_entry_list  # pyright: ignore[reportAttributeAccessIssue]
-_interception: Any = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore[reportAttributeAccessIssue]
-_script_trace: Any = torch._C._get_tracing_state
+from rewriter.errors import NestedGradientWarning
+
+
+def _named(name: str) -> Any:
+    """Return what a name of PyTorch's stands for, None if there is none."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return None
+
+
+_ENTRIES_OF = "torch._C:_dynamo.eval_frame._debug_get_cache_entry_list"
+_INTERCEPTION = "torch._C:_dynamo.eval_frame.get_eval_frame_callback"
+_SCRIPT_TRACE = "torch._C:_get_tracing_state"
+_STANCE = "torch._dynamo.eval_frame:_stance.stance"
+_GENERATION = "torch._dynamo.mutation_guard:GenerationTracker.generation"
+_NAMES = (
+    *(_ENTRIES_OF, _INTERCEPTION, _SCRIPT_TRACE, _STANCE, _GENERATION),
+    "torch._C:_dynamo.eval_frame._CacheEntry.guard_manager",
+    "torch._C:_dynamo.eval_frame._CacheEntry.code",
+    "torch._dynamo.guards:GuardManagerWrapper.check",
+)
+_entries_of, _interception, _script_trace = map(_named, (_ENTRIES_OF, _INTERCEPTION, _SCRIPT_TRACE))
+_stances = _named("torch._dynamo.eval_frame")
+_generations = _named("torch._dynamo.mutation_guard:GenerationTracker")
+_said: set[str] = set()
+
+
+def past_the_wrapper(
+    function: types.FunctionType, compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return ``compiled`` behind `Guarded`; where PyTorch lacks a name that this takes, ``compiled``
+    itself, with one warning in a process.
+
+    Args:
+        function: The user's function, with a code object of its own.
+        compiled: The same under `torch.compile`.
+    """
+    missing = [name.replace(":", ".") for name in _NAMES if _named(name) is None]
+    if not missing:
+        return Guarded(function, compiled)
+    if not _said.issuperset(missing):
+        _said.update(missing)
+        warnings.warn(
+            f"optimize_nested: PyTorch {torch.__version__} has no {', '.join(missing)}, so every "
+            "call goes through Dynamo's own wrapper: some tens of microseconds longer, with the "
+            "same results. For the shortest calls use a version that optimize-nested is tested "
+            "with.",
+            NestedGradientWarning,
+            stacklevel=8,
+        )
+    return compiled
 
 
 class Guarded:
@@ -54,7 +107,7 @@ class Guarded:
             for entry in entries:
                 if entry.guard_manager.check(values):
                     # As Dynamo does: CUDA graphs may write over what earlier calls have returned.
-                    GenerationTracker.generation += 1
+                    _generations.generation += 1
                     run = self._runnable.get(entry.code) or self._add(entry.code)
                     return run(*args, **kwargs)
         return self._compiled(*args, **kwargs)
@@ -78,9 +131,7 @@ def _is_undisturbed() -> bool:
     """Whether nothing is in force that Dynamo's wrapper would heed: a stance, a trace, another
     function of Dynamo's around the call."""
     return (
-        eval_frame._stance.stance == "default"
-        and _interception() is None
-        and _script_trace() is None
+        _stances._stance.stance == "default" and _interception() is None and _script_trace() is None
     )
 
 

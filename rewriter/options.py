@@ -19,6 +19,11 @@ STRATEGIES = ("auto", "as written", *NAMES)
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("disabled", default=False)
 
+# What `os.environ` keeps the variables in: to be told there that one is not set, as nearly always,
+# is an exception raised and caught in each call of a loss.
+_environment: dict[Any, Any] = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
+_VARIABLE, _OFF = os.environ.encodekey("OPTIMIZE_NESTED"), os.environ.encodevalue("0")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -117,4 +122,4 @@ def disabled() -> Iterator[None]:
 
 def is_disabled() -> bool:
     """Whether `disabled` or ``OPTIMIZE_NESTED=0`` is in force."""
-    return _disabled.get() or os.environ.get("OPTIMIZE_NESTED", "1") == "0"
+    return _disabled.get() or _environment.get(_VARIABLE) == _OFF

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.guards
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from rewriter import OptimizedLoss, optimize_nested
+from rewriter import NestedGradientWarning, OptimizedLoss, guarded, optimize_nested
 from rewriter.guarded import Guarded, _binder
 from tests.cases import mlp
 
@@ -157,6 +159,31 @@ def test_names_around_the_loss(net: nn.Module) -> None:
     factor = torch.tensor(3.0, dtype=torch.float64)
     watched.check(net, X, slow=1)
     watched.check(net, X, slow=0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch._C._dynamo.eval_frame, "_debug_get_cache_entry_list"),
+        (torch._dynamo.guards.GuardManagerWrapper, "check"),
+    ],
+)
+def test_a_version_without_a_name(
+    net: nn.Module, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo's own way is taken, which is said once in a process."""
+    monkeypatch.setattr(guarded, "_said", set())
+    with monkeypatch.context() as patched:
+        patched.delattr(owner, name)
+        with pytest.warns(NestedGradientWarning, match=rf"has no torch\.\S*{name}, so") as told:
+            losses = [optimize_nested(penalty, backend="eager") for _ in range(2)]
+    assert [Path(warning.filename).name for warning in told] == [Path(__file__).name]
+    for loss in losses:
+        assert not isinstance(loss._compiled, Guarded)
+        for _ in range(2):
+            torch.testing.assert_close(loss(net, X), penalty(net, X), rtol=1e-9, atol=0)
+        assert len(loss.steps) == 1
+    Watched(penalty).check(net, X, slow=1)
 
 
 class Scaled:
