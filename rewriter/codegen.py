@@ -32,14 +32,18 @@ from torch.fx import GraphModule
 from torch.fx._graph_pickler import GraphPickler
 from torch.fx._graph_pickler import Options as PicklerOptions
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves
 
+from passes.bytes import size_in_bytes
 from passes.graph import copy_graph, hint, is_random, placeholders, value_of
+from passes.price import evaluated, size_hints
 from passes.tracing import fake_mode_of
 from rewriter.capture import replaced
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 
 Compiled = Callable[..., Sequence[Any]]
 _ALIGNMENT = 16  # bytes
+_SHARED_PART = 64  # loops that share less than such a part of the largest value are not merged
 
 
 def compile_graph(
@@ -142,7 +146,20 @@ def _settings(module: GraphModule, mode: str) -> dict[str, Any]:
         # activation in every step, come on top: of a critic's step a third of the time and more
         # than half of the memory.
         settings["layout_optimization"] = False
+        # Gradients of biases, all of the sample weights that they share, would become one loop over
+        # every layer's activations, which then are alive until the last layer's is there.
+        threshold = inductor_config.score_fusion_memory_threshold
+        shared = _largest(module) // _SHARED_PART
+        settings["score_fusion_memory_threshold"] = max(threshold, shared)
     return settings
+
+
+def _largest(module: GraphModule) -> int:
+    """Return the bytes of the largest value that is computed, at the sizes at hand."""
+    hints = size_hints(module)
+    computed = (node for node in module.graph.nodes if node.op == "call_function")
+    sizes = {size_in_bytes(x) for node in computed for x in tree_leaves(value_of(node))}
+    return max((evaluated(size, hints) for size in sizes), default=0)
 
 
 def _with_sizes(module: GraphModule) -> tuple[GraphModule, list[tuple[int, int]]]:

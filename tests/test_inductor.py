@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from passes.kept import bytes_kept
+from passes.price import evaluated, size_hints
 from rewriter import NestedGradientWarning, OptimizeNestedError, optimize_nested
 from rewriter.bench import Contender
+from rewriter.peak_memory import peak_bytes
 from tests.cases import mlp, with_written_norms
 from tests.oracle import assert_same, check, outcome
 
@@ -163,3 +166,22 @@ def test_convolutions_copy_no_weights() -> None:
     gradient = weight.numel() * weight.element_size()
     # As it was computed, and as `.grad` has it; the activations are 50 KB in all.
     assert steps.peak_bytes < 2.5 * gradient
+
+
+def test_layers_are_not_kept_for_one_loop() -> None:
+    """The bias gradients of a penalty with a data loss share the residuals, and nothing else; in
+    one loop they would keep every layer's activations: 0.90 of what the graph keeps in its own
+    order; apart, 0.74."""
+    net, x, y = mlp(nn.LeakyReLU, 5, 256, 64).float(), torch.randn(128, 64), torch.randn(128, 1)
+
+    def fitted(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        u = net(p)
+        (g,) = grad(u.sum(), p, create_graph=True)
+        return (g.norm(dim=1) - 1).square().mean() + (u - y).square().mean()
+
+    loss = optimize_nested(fitted)
+    loss(net, x, y)
+    joint = loss.steps[0].rewritten.joint
+    in_order = evaluated(bytes_kept(joint), size_hints(joint))
+    assert peak_bytes(lambda: loss(net, x, y)) < 0.85 * in_order
