@@ -52,8 +52,8 @@ _said: set[str] = set()
 def past_the_wrapper(
     function: types.FunctionType, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return ``compiled`` behind `Guarded`; where PyTorch lacks a name that this takes, ``compiled``
-    itself, with one warning in a process.
+    """Return `Guarded`; where PyTorch lacks a name that this takes, ``compiled`` itself, with one
+    warning in a process.
 
     Args:
         function: The user's function, with a code object of its own.
