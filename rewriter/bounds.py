@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from passes.graph import is_float, placeholders, reaches, results, value_of
 from passes.joint import Roles, trace_value_and_stops
@@ -105,11 +107,12 @@ def _factors(product: Node) -> list[Any]:
 
 
 def _has_pieces(value: GraphModule) -> bool:
-    """Whether a value is put together of pieces: computed with a mask, or a step of its own."""
-    return any(
-        node.target in _STEPS or getattr(value_of(node), "dtype", None) is torch.bool
-        for node in value.graph.nodes
-    )
+    """Whether a value may be put together of pieces: computed with a mask, with places that were
+    chosen, or by an operator that has steps."""
+    found = pytree.tree_leaves([value_of(node) for node in value.graph.nodes])
+    tensors = [x for x in found if isinstance(x, Tensor)]
+    is_chosen = any(not (x.is_floating_point() or x.is_complex()) for x in tensors)
+    return is_chosen or any(node.target in _STEPS for node in value.graph.nodes)
 
 
 def _behind(ends: list[Node], active: set[Node]) -> set[Node]:
