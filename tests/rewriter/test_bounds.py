@@ -132,11 +132,11 @@ def _mostly_straight() -> nn.Module:
 
 
 BOUNDED: dict[str, tuple[Callable[..., Tensor], nn.Module, int]] = {
-    "second derivatives": (laplacian, mlp(nn.Tanh, 3, 8, 2), 2),
+    "second derivatives": (laplacian, mlp(nn.Tanh, 2, 8, 2), 2),
     "of straight pieces but for one layer": (laplacian, _mostly_straight(), 2),
     "a penalty without second derivatives": (penalty, mlp(nn.LeakyReLU, 3, 8, 2), 2),
     "a target": (partly_stopped, mlp(nn.LeakyReLU, 3, 8, 2), 2),
-    "a frozen network": (laplacian, mlp(nn.Tanh, 3, 8, 2).requires_grad_(False), 2),
+    "a frozen network": (laplacian, mlp(nn.Tanh, 2, 8, 2).requires_grad_(False), 2),
 }
 
 
