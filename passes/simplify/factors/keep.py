@@ -113,11 +113,11 @@ def _longest(expression: Expression) -> int:
 
 
 def _saves_memory(node: Node, expression: Expression, kept: Mapping[Node, Expression]) -> bool:
-    """Whether the factors have fewer elements than the tensor has; less than half of them if they
-    are more than those of one operand, for otherwise a network is kept as the factors of it all."""
+    """Whether the factors have fewer elements than the tensor has; less than half of them if one is
+    added to those of an operand, for otherwise a network is kept as the factors of it all."""
     leaves = expression.leaves()
     operands = [kept[source].leaves() for source in _sources(node) if source in kept]
-    least = 1 if not operands or leaves in operands else 2
+    least = 2 if operands and leaves - set().union(*operands) else 1
     return least * sum(elements(value_of(x)) for x in leaves) < elements(value_of(node))
 
 
