@@ -276,7 +276,8 @@ def _same_dims(dims: Sequence[Dim], like: Sequence[Dim]) -> Names:
 
 
 def _slice(moves: Moves, node: Node, read: Read) -> Expression:
-    source, at, start, stop, step = (*arguments(node), *(None, 0, None, None, 1)[len(node.args) :])
+    args: Any = (*arguments(node), *(None, 0, None, None, 1)[len(node.args) :])
+    source, at, start, stop, step = args
     size = value_of(source).shape[at]
     bounds = (x for x in (size, start, stop) if x is not None)
     if step != 1 or not all(isinstance(x, int) for x in bounds):
