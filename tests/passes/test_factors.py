@@ -165,6 +165,10 @@ STAYS = {
         lambda d, a: outer(d, a).square().sum((1, 2)),
         (torch.ones(5, 6).half(), torch.ones(5, 7).half()), 0, (MUL, "pow.Tensor_Scalar", SUM),
     ),
+    "two types": Case(
+        lambda d, a: (outer(d, d) * a).sum((1, 2)), (torch.ones(5, 6), (5, 1, 1)), 0,
+        (MUL, MUL, SUM),
+    ),
     "integers": Case(
         lambda d, a: outer(d, a).sum((1, 2)), (torch.ones(5, 6).long(), torch.ones(5, 7).long()), 0,
         (MUL, SUM),
@@ -291,6 +295,16 @@ def test_symbolic_sizes() -> None:
     simplify(module)
     for n in (5, 4):
         assert_same(module, reference, [random_points(n, 6), random_points(n, 7)])
+
+
+def test_divided_by_a_size() -> None:
+    def mean(d: Tensor, a: Tensor) -> Tensor:
+        return outer(d, a).square().sum() / d.shape[0]
+
+    module = traced(mean, random_points(5, 6), random_points(5, 7), mode="symbolic")
+    reference = copy_graph(module)
+    simplify(module)
+    assert_same(module, reference, [random_points(4, 6), random_points(4, 7)])
 
 
 SIZES = st.sampled_from([2, 3, 11])

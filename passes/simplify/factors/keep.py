@@ -90,7 +90,7 @@ def _read(node: Node, moves: Moves, found: _Found, formed: set[Node]) -> None:
     if not has_kept and not _grows(node) and not _is_in_a_chain(node):
         return
     try:
-        expression = moves.of(node, lambda x: _operand(x, moves, found))
+        expression = moves.of(node, lambda x: _operand(x, node, moves, found))
     except NotAProduct:
         return
     is_kept = _saves_memory(node, expression, found.kept) or _is_in_a_chain(node)
@@ -121,18 +121,22 @@ def _saves_memory(node: Node, expression: Expression, kept: Mapping[Node, Expres
     return least * sum(elements(value_of(x)) for x in leaves) < elements(value_of(node))
 
 
-def _operand(node: Any, moves: Moves, found: _Found) -> Expression:
+def _operand(node: Any, user: Node, moves: Moves, found: _Found) -> Expression:
     """Return what is kept of an operand, or the tensor itself, which a view only looks at."""
+    if not isinstance(node, Node) or not _has_type(node) or _kind(node) != _kind(user):
+        raise NotAProduct("an operand of another type")
     if node in found.kept:
         return found.kept[node]
-    if not isinstance(node, Node) or not _has_type(node):
-        raise NotAProduct("an operand of another type")
     if node.target not in VIEWS:
         return leaf(node)
     try:
-        return moves.of(node, lambda x: _operand(x, moves, found))
+        return moves.of(node, lambda x: _operand(x, node, moves, found))
     except NotAProduct:
         return leaf(node)
+
+
+def _kind(node: Node) -> tuple[torch.dtype, torch.device]:
+    return value_of(node).dtype, value_of(node).device
 
 
 def _has_type(node: Node) -> bool:

@@ -196,6 +196,7 @@ def _product(moves: Moves, node: Node, read: Read) -> Expression:
 def _quotient(moves: Moves, node: Node, read: Read) -> Expression:
     one, other = arguments(node)
     if isinstance(other, Node):
+        read(other)  # it is a tensor of the same type
         return moves.times(read(one), leaf(moves.make(aten.reciprocal.default, (other,), node)))
     if not isinstance(one, Node) or not isinstance(other, (int, float)) or other == 0:
         raise NotAProduct("a quotient with no tensor")
