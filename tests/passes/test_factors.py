@@ -299,7 +299,7 @@ def test_symbolic_sizes() -> None:
 
 def test_divided_by_a_size() -> None:
     def mean(d: Tensor, a: Tensor) -> Tensor:
-        return outer(d, a).square().sum() / d.shape[0]
+        return (outer(d, a) / d.shape[0]).square().sum()
 
     module = traced(mean, random_points(5, 6), random_points(5, 7), mode="symbolic")
     reference = copy_graph(module)
