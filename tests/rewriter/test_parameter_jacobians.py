@@ -132,7 +132,7 @@ def subjects() -> dict[str, Subject]:
         "squared norms": Subject(squared_norms, mlp(16), (12, 2), 41088, 256),
         "Gram": Subject(gram, mlp(16), (12, 2), 115968, 256),
         "Gram of outputs": Subject(gram_layer_by_layer, mlp(16, 2), (6, 2), 116352, 864),
-        "clipped": Subject(clipped, mlp(16), (12, 2), 64200, 256),
+        "clipped": Subject(clipped, mlp(16), (12, 2), 65352, 256),
         "one by one": Subject(one_by_one, mlp(16), (3, 2), 4224, 256),
         "sequences": Subject(squared_norms, of_sequences(), (6, 3, 2), 120096, 480),
     }

@@ -181,13 +181,22 @@ def _sources(node: Node) -> Iterator[Node]:
 
 
 def _parts(found: _Found) -> Iterator[_Found]:
-    """Yield what hangs together by tensors that are kept, if there is a product among them."""
+    """Yield what hangs together by tensors that are kept, if there is a product among them that is
+    worth it: another order of products alone only hides a matrix product from the other rules."""
     links: networkx.Graph[Node] = networkx.Graph()
     for node in [*found.kept, *found.roots]:
         links.add_edges_from((node, s) for s in _sources(node) if s in found.kept)
     for part in networkx.connected_components(links):
-        if any(node.target in _PRODUCTS and node in found.kept for node in part):
-            yield _Found(_among(found.kept, part), _among(found.roots, part))
+        kept, roots = _among(found.kept, part), _among(found.roots, part)
+        products = {node.target for node in kept} & _PRODUCTS
+        if products - _MATRICES or (products and any(map(_is_summed, roots.values()))):
+            yield _Found(kept, roots)
+
+
+def _is_summed(expression: Expression) -> bool:
+    """Whether a tensor is a sum over an index, or is put together of parts."""
+    own = set(sum(expression.dims, ()))
+    return any(term.places or not term.indices <= own for term in expression.terms)
 
 
 def _among(expressions: Mapping[Node, Expression], part: set[Node]) -> dict[Node, Expression]:
