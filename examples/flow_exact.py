@@ -8,7 +8,6 @@ Run `python examples/flow_exact.py --quick`: the report on the loss, its time pe
 and the divergence from the data's density, and `flow_exact.png`.
 """
 
-import functools
 import math
 
 import pictures
@@ -40,7 +39,8 @@ def log_density(velocity: nn.Module, x: Tensor, steps: int = STEPS) -> Tensor:
     change = torch.zeros_like(x[:, 0])
     for step in range(steps):
         half = x - velocity(x, 1 - step / steps) / (2 * steps)
-        at = functools.partial(velocity, time=1 - (step + 0.5) / steps)
+        time = 1 - (step + 0.5) / steps
+        at = lambda p, time=time: velocity(p, time)  # noqa: E731
         change = change + vmap(jacrev(at))(half).diagonal(dim1=1, dim2=2).sum(1) / steps
         x = x - at(half) / steps
     return -0.5 * x.square().sum(1) - math.log(2 * math.pi) - change

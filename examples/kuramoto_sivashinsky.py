@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from rewriter import optimize_nested
 
 RATE, SPEED, START, K = 15 / 19 * (11 / 19) ** 0.5, 1.0, -2.0, 0.5 * (11 / 19) ** 0.5
+SCALE, SHIFT = torch.tensor([3.0, 2.0]), torch.tensor([0.0, 1.0])
 
 
-def exact_solution(x: Tensor, t: Tensor) -> Tensor:
+def exact_solution(points: Tensor) -> Tensor:
     """Evaluate the travelling front (Xu, Shu, "Local discontinuous Galerkin methods for the
     Kuramoto–Sivashinsky equations", 2006, example 4.1), at another speed."""
+    x, t = points.split(1, dim=1)
     front = torch.tanh(K * (x - SPEED * t - START))
     return SPEED + RATE * (11 * front**3 - 9 * front)
 
 
 class Net(nn.Module):
-    """A network of x and t, both (batch, 1) → (batch, 1)."""
+    """A network of points (x, t), shape (batch, 2) → (batch, 1)."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -37,41 +39,41 @@ class Net(nn.Module):
             hidden += [nn.Linear(width, width), nn.Tanh()]
         self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), *hidden, nn.Linear(width, 1))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return 2 * self.net(torch.cat([x / 3, t / 2 - 1], dim=1))
+    def forward(self, points: Tensor) -> Tensor:
+        return 2 * self.net(points / SCALE - SHIFT)
 
 
 @optimize_nested
-def loss(net: nn.Module, x: Tensor, t: Tensor, data: Tensor, values: Tensor) -> Tensor:
-    """Add the mean squares of the residual at x and t, both (batch, 1), and of the mismatch to
-    values (n, 1) at data points (n, 2)."""
+def loss(net: nn.Module, points: Tensor, data: Tensor, values: Tensor) -> Tensor:
+    """Add the mean squares of the residual at points (batch, 2) that require grad, and of the
+    mismatch to values (n, 1) at data points (n, 2)."""
 
-    def slope(u: Tensor, at: Tensor) -> Tensor:
-        return torch.autograd.grad(u.sum(), at, create_graph=True)[0]
+    def slopes(u: Tensor) -> Tensor:
+        return torch.autograd.grad(u.sum(), points, create_graph=True)[0]
 
-    u = net(x, t)
-    u_x = slope(u, x)
-    u_xx = slope(u_x, x)
-    u_xxxx = slope(slope(u_xx, x), x)
-    residual = slope(u, t) + u * u_x + u_xx + u_xxxx
-    return residual.square().mean() + 10 * (net(*data.split(1, 1)) - values).square().mean()
+    u = net(points)
+    u_x, u_t = slopes(u).split(1, dim=1)
+    u_xx = slopes(u_x)[:, :1]
+    u_xxxx = slopes(slopes(u_xx)[:, :1])[:, :1]
+    residual = u_t + u * u_x + u_xx + u_xxxx
+    return residual.square().mean() + 10 * (net(data) - values).square().mean()
 
 
 def draw_batch(count: int) -> tuple[Tensor, ...]:
-    """Draw points, at which x and t require grad, and data on three sides."""
-    x, t = 24 * torch.rand(count, 1) - 12, 4 * torch.rand(count, 1)
+    """Draw points that require grad, and data on three sides."""
+    points = torch.cat([24 * torch.rand(count, 1) - 12, 4 * torch.rand(count, 1)], dim=1)
     start = torch.cat([24 * torch.rand(count, 1) - 12, torch.zeros(count, 1)], dim=1)
     sides = torch.cat([12 * torch.randn(count, 1).sign(), 4 * torch.rand(count, 1)], dim=1)
     data = torch.cat([start, sides])
-    return x.requires_grad_(), t.requires_grad_(), data, exact_solution(*data.split(1, 1))
+    return points.requires_grad_(), data, exact_solution(data)
 
 
 @torch.no_grad()
 def draw(net: nn.Module, history: list[float], path: str) -> str:
     """Draw the solution, the error and profiles; return the relative error."""
     x, t = torch.linspace(-12, 12, 241), torch.linspace(0, 4, 81)
-    grid = torch.stack(torch.meshgrid(x, t, indexing="xy"), dim=-1).flatten(0, 1).split(1, 1)
-    found, exact = (u(*grid).reshape(81, 241) for u in (net, exact_solution))
+    grid = torch.stack(torch.meshgrid(x, t, indexing="xy"), dim=-1).flatten(0, 1)
+    found, exact = (u(grid).reshape(81, 241) for u in (net, exact_solution))
     error = ((found - exact).norm() / exact.norm()).item()
     figure, axes = pictures.panels("The Kuramoto–Sivashinsky equation by a network", (1.2, 1, 1))
     pictures.field(axes[0], x.numpy(), t.numpy(), found.numpy(), limit=4, label="u")

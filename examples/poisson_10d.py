@@ -79,6 +79,7 @@ def draw(net: nn.Module, history: list[float], path: str) -> str:
     pictures.field(axes[0], s, s, values[0], limit=0.8, label="u")
     axes[0].contour(s, s, values[1], 9, colors="black", linewidths=0.6)
     axes[0].set(title="network (colours), exact (lines)", xlabel="$x_1$", ylabel="$x_{10}$")
+    axes[0].set(xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
     axes[1].plot(exact, found, ".", markersize=2, rasterized=True)
     title = f"new points (relative L2 error: {error:.1e})"
     pictures.plain(axes[1], legend=False, title=title, xlabel="exact u", ylabel="network")

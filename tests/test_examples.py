@@ -86,7 +86,7 @@ def test_example_runs(
     ("example", "said"),
     [
         pytest.param(poisson_10d, "rewritten (taylor)", id="poisson_10d"),
-        pytest.param(kuramoto_sivashinsky, "relative L2 error", id="kuramoto_sivashinsky"),
+        pytest.param(kuramoto_sivashinsky, "rewritten (taylor)", id="kuramoto_sivashinsky"),
         pytest.param(scores, "sliced matching", id="scores"),
         pytest.param(flow_exact, "nats", id="flow_exact"),
         pytest.param(heat_operator, "for new functions", id="heat_operator"),
@@ -112,14 +112,15 @@ def test_study_runs(
 
 
 def test_front_satisfies_the_equation() -> None:
-    x, t = ((8 * torch.rand(9, 1).double() - 4).requires_grad_() for _ in "xt")
+    points = (8 * torch.rand(9, 2).double() - 4).requires_grad_()
 
-    def slope(u: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(u.sum(), at, create_graph=True)[0]
+    def slopes(u: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(u.sum(), points, create_graph=True)[0]
 
-    u = kuramoto_sivashinsky.exact_solution(x, t)
-    u_xx = slope(slope(u, x), x)
-    residual = slope(u, t) + u * slope(u, x) + u_xx + slope(slope(u_xx, x), x)
+    u = kuramoto_sivashinsky.exact_solution(points)
+    u_x, u_t = slopes(u).split(1, dim=1)
+    u_xx = slopes(u_x)[:, :1]
+    residual = u_t + u * u_x + u_xx + slopes(slopes(u_xx)[:, :1])[:, :1]
     assert residual.abs().max() < 1e-12
 
 
