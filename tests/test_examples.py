@@ -88,8 +88,10 @@ def test_example_runs(
         pytest.param(poisson_10d, "rewritten (taylor)", id="poisson_10d"),
         pytest.param(kuramoto_sivashinsky, "rewritten (taylor)", id="kuramoto_sivashinsky"),
         pytest.param(scores, "sliced matching", id="scores"),
-        pytest.param(flow_exact, "nats", id="flow_exact"),
-        pytest.param(heat_operator, "for new functions", id="heat_operator"),
+        pytest.param(flow_exact, "nats", id="flow_exact", marks=pytest.mark.slow),
+        pytest.param(
+            heat_operator, "for new functions", id="heat_operator", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_study_runs(
@@ -99,8 +101,8 @@ def test_study_runs(
     checked = functools.partial(optimize_nested, check=True)
     monkeypatch.setattr(study, "optimize_nested", checked)
     monkeypatch.setattr(flow_exact, "STEPS", 1)
-    monkeypatch.setattr(poisson_10d, "DIM", 3)
-    monkeypatch.setattr(poisson_10d, "DIRECTION", poisson_10d.DIRECTION[:3])
+    monkeypatch.setattr(poisson_10d, "DIM", 2)
+    monkeypatch.setattr(poisson_10d, "DIRECTION", poisson_10d.DIRECTION[:2])
     example.STUDY.run([*TINY, "--points", "4", "--steps", "2", "--out", "picture.png"])
     printed = capsys.readouterr().out
     for words in ("as written (eager)", "optimize_nested", "picture: picture.png", said):

@@ -75,12 +75,18 @@ SMALL: dict[Callable[..., Tensor], tuple[nn.Module, tuple[Any, ...]]] = {
     jacobians.batch_norm_of_jacobian: (mlp([4, 8, 3]), (torch.randn(5, 4),)),
     jacobians.sensitivity: (mlp([1, 8, 8, 1]), (torch.randn(5, 1),)),
     jacobians.gram: (mlp([1, 8, 8, 1]), (torch.randn(5, 1), torch.randn(5, 5))),
-    operators.all_derivatives: (DeepONet(6, 2, 8), (torch.randn(2, 6), points(5, 2), 2)),
+    operators.all_derivatives: (DeepONet(6, 1, 8), (torch.randn(2, 6), points(5, 1), 2)),
     operators.likelihood: (Velocity(2, [8, 8]), (torch.randn(6, 2), torch.randn(6, 2), 1)),
 }
 
 
-@pytest.mark.parametrize("loss", SMALL, ids=lambda loss: loss.__name__)
+SLOW = {operators.all_derivatives, operators.likelihood}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [pytest.param(f, id=f.__name__, marks=[pytest.mark.slow] if f in SLOW else []) for f in SMALL],
+)
 def test_ours_is_the_loss_as_written(loss: Callable[..., Tensor]) -> None:
     net, args = SMALL[loss]
     check(loss, [in_float64(net)], *map(in_float64, args))
