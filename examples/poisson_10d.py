@@ -2,8 +2,8 @@
 
     Δu = f in |x| < 1,  u = 0 on the sphere,  with f such that u = (1 − |x|²) sin(w·x)
 
-The activation is an operator of our own, `snake.py`, that takes part in Taylor mode: the loop over
-ten second derivatives is one pass, of twelve vectors in place of twenty-two.
+The activation is an operator of our own, `snake.py`, that takes part in Taylor mode: a step costs
+34 forward passes in place of the 64 of the loop over ten second derivatives.
 
 Run `python examples/poisson_10d.py --quick`: the report on the loss, its time per step, the
 training and the error, and `poisson_10d.png`.
