@@ -116,7 +116,7 @@ def nest(module: GraphModule) -> int:
     for mark in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
         _nest_one(module, mark, f"gradient_{made}" if made else "gradient")
         made += 1
-    _dissolve_marks(module)
+    dissolve_marks(module)
     sort_nodes(graph)
     drop_dead(graph)
     note_new(module, "nest", "nest.")
@@ -194,7 +194,7 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
         raise NotNested("forward mode through a user-defined autograd.Function")
     whole = body
     if not backward and order > 1:
-        body = _without_derivatives(body)
+        body = without_derivatives(body)
     note_site(body, name, mark)
     body_name = f"body_{name}"
     module.register_module(body_name, body)
@@ -267,12 +267,12 @@ def _operator(backward: bool, batch_dims: int) -> str:
     return "jacobian (forward)" if batch_dims else "jvp"
 
 
-def _without_derivatives(body: GraphModule) -> GraphModule:
+def without_derivatives(body: GraphModule) -> GraphModule:
     """Trace a body that holds derivatives into plain operators, to be pushed forward."""
     inputs = example_inputs(body)
     plain = trace(lambda *values: tuple(body(*values)), inputs, fake_mode_of(inputs))
     simplify(plain)
-    _dissolve_marks(plain)
+    dissolve_marks(plain)
     return finish(plain)
 
 
@@ -350,7 +350,7 @@ def _body(
     for target, value in attributes.items():
         setattr(root, target, value)
     result = GraphModule(root, body)
-    _dissolve_marks(result)
+    dissolve_marks(result)
     return finish(result), captured
 
 
@@ -380,7 +380,7 @@ def _replace_with_zeros(graph: Graph, mark: Node, indices: list[int]) -> None:
         _replace_item(mark, index, zeros)
 
 
-def _dissolve_marks(module: GraphModule) -> None:
+def dissolve_marks(module: GraphModule) -> None:
     """Replace the marks that have become plain: ``point(x) → x``, ``leaf(x) → stop(x)``."""
     for node in list(module.graph.nodes):
         if node.target is POINT:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
 
-from passes.contraction.terms import Factor, Index, Term
+from passes.contraction.terms import Computed, Factor, Index, Term
+from passes.contraction.views import source_of
 
 # A basis vector, as its position in the point's dimensions after the first; or explicit tensors
 # (positions of the dimensions that each has), multiplied.
@@ -63,6 +64,7 @@ def parts_of(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:
     Raises:
         NotPlanned: The derivative has an index that is not contracted, or too many directions.
     """
+    term = replace(term, factors=tuple(map(source_of, term.factors)))
     counted = [index for slot in term.slots for index in slot]
     many = []
     for index in dict.fromkeys(counted):
@@ -155,9 +157,9 @@ def polarized(vectors: Sequence[Vector]) -> list[tuple[float, Direction]]:
     return [(weight, direction) for direction, weight in found.items() if weight]
 
 
-def nodes_of(parts: Sequence[Part]) -> list[Node]:
+def explicit_of(parts: Sequence[Part]) -> list[Node | Computed]:
     """Return the explicit tensors that parts read, each once."""
-    found: dict[Node, None] = {}
+    found: dict[Node | Computed, None] = {}
     for part in parts:
         for vector, _ in part.direction or ():
             if vector[0] == "product":

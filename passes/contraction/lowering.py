@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.contraction.directions import Direction, Part, nodes_of
-from passes.contraction.terms import Base, Factor, Index
+from passes.contraction.along import along_layer, first_layers, stacked
+from passes.contraction.directions import Direction, Part, explicit_of
+from passes.contraction.terms import Base, Computed, Factor, Index, leaves_of
 from passes.graph import value_of
+from passes.nest import dissolve_marks
 from passes.taylor import Jets, push_series
 from passes.taylor.jets import Series, plus
 from passes.tracing import fake_mode_of, trace
+from passes.tracking import run
 
 
 @dataclass(frozen=True)
@@ -57,26 +61,47 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
     directions = list(dict.fromkeys(p.direction for p in parts if p.direction is not None))
     order = max(part.order for part in parts)
     last = [d for d in demands if any(p.order == order for p in d.parts)]
-    collapsed = len(last) == 1 and order > 1 and _is_linear_in_numbers(last[0], order)
-    inputs = [*base.inputs, *nodes_of(parts)]
+    collapsed = order > 1 and all(_is_linear_in_numbers(demand, order) for demand in last)
+    collapsed = collapsed and len({_numbers(demand, order) for demand in last}) == 1
+    explicit = explicit_of(parts)
+    inputs = list(dict.fromkeys(n for item in [*base.inputs, *explicit] for n in leaves_of(item)))
     examples = [_example(item) for item in inputs]
+    layers = first_layers(base.body)
 
-    def run(*values: Any) -> list[Tensor]:
-        given = dict(zip([n if isinstance(n, Node) else None for n in inputs], values, strict=True))
-        body_inputs: list[Any] = list(values[: len(base.inputs)])
+    def compute(*values: Any) -> list[Tensor]:
+        given: dict[Any, Any] = dict(zip(inputs, values, strict=True))
+        given |= {item: computed(item, given) for item in explicit}
+        body_inputs = [computed(item, given) for item in base.inputs]
         point = body_inputs[0]
-        along = torch.stack([_direction(d, point, given) for d in directions])
+        if not directions:
+            terms = [run(base.body, body_inputs)[0]]
+            return [_value(demand, terms, directions, given, Jets(0)) for demand in demands]
         weights = None
         if collapsed:
             weights = _weights(last[0], directions, order, given, point)
         jets = Jets(order, weights)
-        start = Series((along, *(None for _ in range(1, order))))
+        rest = (None,) * (order - 1)
+
+        def layer(out: Tensor, args: tuple) -> Series:
+            return Series((along_layer(directions, point, args[-1], given, out), *rest))
+
+        start = None if layers else Series((stacked(directions, point, given), *rest))
         still = [None] * (len(body_inputs) - 1)
-        primal, found = push_series(base.body, jets, body_inputs, [start, *still])
+        starts = dict.fromkeys(layers, layer)
+        primal, found = push_series(base.body, jets, body_inputs, [start, *still], starts)
         terms = [primal[0], *found[0].terms]
         return [_value(demand, terms, directions, given, jets) for demand in demands]
 
-    return Lowered(trace(run, examples, fake_mode_of(examples)), inputs)
+    module = trace(compute, examples, fake_mode_of(examples))
+    dissolve_marks(module)
+    return Lowered(module, inputs)
+
+
+def computed(item: Any, given: Mapping[Any, Any]) -> Any:
+    """Return the value of a node, of what is computed from nodes, or of a constant."""
+    if isinstance(item, Computed):
+        return run(item.body, [computed(read, given) for read in item.inputs])[0]
+    return given[item] if isinstance(item, Node) else item
 
 
 def _example(item: Any) -> Any:
@@ -92,6 +117,18 @@ def _is_linear_in_numbers(demand: Demand, order: int) -> bool:
         _read_by(part) == _read_by(highest[0]) and not any(d in part.fixed for d in demand.dims)
         for part in highest
     )
+
+
+def _numbers(demand: Demand, order: int) -> frozenset[Any]:
+    """Return what a demand's highest derivatives are multiplied by, in a form that can be
+    compared."""
+    found = []
+    for part in demand.parts:
+        if part.order == order:
+            factors = [f for f in part.factors if f not in part.left]
+            held = [(f.node, tuple(i and part.fixed[i] for i in f.indices)) for f in factors]
+            found.append((part.direction, part.scale, tuple(held)))
+    return frozenset(Counter(found).items())
 
 
 def _read_by(part: Part) -> list[Any]:
@@ -132,43 +169,6 @@ def _read(factor: Factor, fixed: Mapping[Index, int], given: Mapping[Any, Any]) 
         elif index in fixed:
             value = value.select(dim, fixed[index])
     return value
-
-
-def _direction(direction: Direction, point: Tensor, given: Mapping[Any, Any]) -> Tensor:
-    """Return a direction as a tensor of the point's shape."""
-    total = None
-    for vector, scale in sorted(direction, key=str):
-        one = _vector(vector, point, given)
-        one = one if scale == 1 else one * scale
-        total = one if total is None else total + one
-    assert total is not None
-    return total.expand(point.shape)
-
-
-def _vector(vector: Any, point: Tensor, given: Mapping[Any, Any]) -> Tensor:
-    kind, *rest = vector
-    shape = point.shape[1:]
-    if kind == "basis":
-        flat = sum(k * math.prod(shape[i + 1 :]) for i, k in enumerate(rest))
-        eye = torch.eye(math.prod(shape), dtype=point.dtype, device=point.device)
-        return eye[flat].reshape(1, *shape)
-    total = point.new_ones((1,) * point.dim())
-    for node, places in rest:
-        value = given[node]
-        for dim in range(len(places) - 1, -1, -1):
-            if isinstance(places[dim], tuple):
-                value = value.select(dim, places[dim][1])
-            elif places[dim] is None:
-                value = value.select(dim, 0)
-        left = [
-            0 if p == "row" else p + 1 for p in places if p is not None and not isinstance(p, tuple)
-        ]
-        value = value.permute(sorted(range(len(left)), key=left.__getitem__))
-        for dim in range(point.dim()):
-            if dim not in left:
-                value = value.unsqueeze(dim)
-        total = total * value
-    return total
 
 
 def _value(

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from passes.contraction.constants import Constants
 from passes.contraction.terms import Expression, Factor, Index
+from passes.contraction.whole import whole
 from passes.graph import arguments, is_equal, value_of
 
 aten = torch.ops.aten
@@ -279,7 +280,7 @@ def _stack(known: Known, constants: Constants, node: Node) -> Expression | None:
             return None
         if total.dims[dim] is not index:
             return None
-    return total
+    return None if total is None else whole(total, index)
 
 
 def _without(found: Expression, dim: int) -> Expression:
@@ -300,6 +301,27 @@ def _product(known: Known, constants: Constants, node: Node) -> Expression | Non
     new = [Index(size) for size in (sizes[1:] if first else sizes[:-1])]
     indices = (contracted, *new) if first else (*new, contracted)
     dims = (*found.dims[:-1], *new) if first else (*new, *found.dims[1:])
+    return replace(found.times(1.0, Factor(factor, indices)), dims=dims)
+
+
+def _batched_product(known: Known, constants: Constants, node: Node) -> Expression | None:
+    """``bmm`` with an explicit tensor."""
+    left, right = arguments(node)
+    if left in known and right in known:
+        return None
+    first = left in known
+    found, factor = known[left if first else right], right if first else left
+    batch, row, column = found.dims
+    contracted, kept = (column, row) if first else (row, column)
+    if contracted is not None and not all(_has(term, contracted) for term in found.terms):
+        return None
+    sizes = value_of(factor).shape
+    if batch is None and not _is_one(sizes[0]):
+        batch = Index(sizes[0])
+    size = sizes[2 if first else 1]
+    new = None if _is_one(size) else Index(size)
+    indices = (batch, contracted, new) if first else (batch, new, contracted)
+    dims = (batch, kept, new) if first else (batch, new, kept)
     return replace(found.times(1.0, Factor(factor, indices)), dims=dims)
 
 
@@ -331,4 +353,5 @@ MOVES: dict[Any, Move] = {
     operator.getitem: _pieces,
     aten.stack.default: _stack, aten.cat.default: _stack,
     aten.mm.default: _product, aten.mv.default: _product, aten.dot.default: _product,
+    aten.bmm.default: _batched_product,
 }  # fmt: skip

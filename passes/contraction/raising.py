@@ -20,7 +20,7 @@ from passes import derivative
 from passes.contraction.constants import Constants
 from passes.contraction.moves import MOVES
 from passes.contraction.rows import Rows, RowsMix
-from passes.contraction.terms import Base, Expression, Factor, Index, Term
+from passes.contraction.terms import Base, Computed, Expression, Factor, Index, Term
 from passes.graph import arguments, is_random, needs, placeholders, reaches, results, value_of
 from passes.nest import attribute_of, body_of, sites
 
@@ -31,6 +31,12 @@ _WHOLE = {
     aten.expand.default,
 }  # fmt: skip
 _DERIVATIVES = (derivative.gradient, derivative.tangent)
+# What they return is taken out of their argument.
+_PARTS = {
+    aten.select.int, aten.slice.Tensor, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+    aten.view.default, aten.reshape.default, aten.alias.default, aten.permute.default,
+    operator.getitem,
+}  # fmt: skip
 
 
 class Raised:
@@ -85,8 +91,18 @@ class Raised:
 
     def _known(self, node: Node) -> Expression | None:
         if node not in self.expressions and self._is_operand(node):
-            self.expressions[node] = self._operand(node)
+            self.expressions[node] = self._part(node) or self._operand(node)
         return self.expressions.get(node)
+
+    def _part(self, node: Node) -> Expression | None:
+        """Return what is a part of an operand: all parts are derivatives of one operand."""
+        source = node.args[0] if node.args else None
+        if node.target not in _PARTS or not isinstance(source, Node):
+            return None
+        read = source.args[0] if node.target is operator.getitem else source
+        if not isinstance(read, Node) or self._known(read) is None:
+            return None
+        return MOVES[node.target](self.expressions, self.constants, node)
 
     def _operand(self, node: Node) -> Expression:
         """``f[n, o]``: a value, none of whose rows depends on another row of the point."""
@@ -95,9 +111,7 @@ class Raised:
         first = [self.point, *(n for n in inputs if n is not self.point)]
         body = up_to(self.module, first, node)
         row, *outs = (Index(size) for size in value_of(node).shape)
-        # A constant is one of these graphs' own, whatever its name.
-        own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
-        base = Base(body, f"{body.code}{own}", tuple(first))
+        base = Base(body, code_of(body), tuple(first))
         return Expression((Term(base, row, tuple(outs), ()),), (row, *outs))
 
     def _raised(self, node: Node) -> Expression | None:
@@ -111,9 +125,31 @@ class Raised:
         if move is None:
             return None
         explicit = [n for n in list(reads) if self._known(n) is None]
-        if len(explicit) == len(reads) or self._derived.intersection(explicit):
+        fixed = {n: self._unmoved(n) for n in self._derived.intersection(explicit)}
+        if len(explicit) == len(reads) or None in fixed.values():
             return None
-        return move(self.expressions, self.constants, node)
+        found = move(self.expressions, self.constants, node)
+        return found and found.with_factors(lambda item: fixed.get(item, item))
+
+    def _unmoved(self, node: Node) -> Computed | None:
+        """Return a value that a derivative node hands out, if its body computes it of its inputs
+        and not of its point."""
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, Node) or source.target not in _DERIVATIVES:
+            return None
+        _, n_points, n_outputs, _, *inputs = arguments(source)
+        body = body_of(self.module, source)
+        first = n_points if source.target is derivative.gradient else n_outputs
+        position = arguments(node)[1] - first
+        if position < 0:
+            return None
+        result = results(body.graph)[position]
+        outside = dict(zip(placeholders(body.graph), inputs, strict=False))
+        try:
+            found = _outside(body, _moving(placeholders(body.graph)[:n_points]), outside, result)
+        except RowsMix:
+            return None
+        return found if isinstance(found, Computed) else None
 
     def _result_of(self, node: Node, position: int) -> Expression | None:
         """Return the derivative that a node computes, or the value of what is differentiated."""
@@ -147,18 +183,20 @@ class Raised:
         if any(is_random(node) for node in body.graph.nodes):
             raise RowsMix("a random draw inside")
         expression = Raised(body, self.constants.inside(outside), point).result(position)
-        moving = reaches([point])
+        moving = _moving([point])
+
+        def seen_outside(item: Any) -> Any:
+            return _outside(body, moving, outside, item)
+
         terms = []
         for term in expression.terms:
-            read = [*(f.node for f in term.factors), *term.base.inputs[1:]]
-            if same_as(term.base.point) is not point or any(n in moving for n in read):
-                raise RowsMix("an inner derivative at another point, or with a factor that moves")
-            if any(isinstance(n, Node) and n not in outside for n in read):
-                raise RowsMix("an inner derivative reads what its body computes")
-            given = (outside[point], *(outside.get(n, n) for n in term.base.inputs[1:]))
-            base = replace(term.base, inputs=given)
-            factors = tuple(Factor(outside[f.node], f.indices) for f in term.factors)
-            terms.append(replace(term, base=base, factors=factors))
+            if same_as(term.base.point) is not point:
+                raise RowsMix("an inner derivative at another point")
+            if any(n in moving for n in term.base.inputs[1:] if isinstance(n, Node)):
+                raise RowsMix("an inner derivative reads what moves with the point")
+            rest = map(seen_outside, term.base.inputs[1:])
+            base = replace(term.base, inputs=(outside[point], *rest))
+            terms.append(replace(term, base=base).with_factors(seen_outside))
         return expression.with_terms(terms)
 
     def _pulled_back(
@@ -212,6 +250,33 @@ class Raised:
         return term
 
 
+def _moving(points: Sequence[Node]) -> set[Node]:
+    """Return what has a derivative at points."""
+    return reaches(points, through=lambda node: node.target is not derivative.stop)
+
+
+def _outside(body: GraphModule, moving: set[Node], outside: dict[Node, Any], item: Any) -> Any:
+    """Return what is the same as an explicit tensor of a body, outside of it: what is given for an
+    input, or what is computed from that.
+
+    Raises:
+        RowsMix: It depends on the body's point, or on a derivative.
+    """
+    if isinstance(item, Computed):
+        read = tuple(_outside(body, moving, outside, i) for i in item.inputs)
+        return replace(item, inputs=read)
+    if item in outside or not isinstance(item, Node):
+        return outside.get(item, item)
+    if item in moving:
+        raise RowsMix("an inner derivative with a factor that moves with the point")
+    read = needs([item])
+    if any("site" in node.meta for node in read):
+        raise RowsMix("a factor that is computed from another derivative")
+    inputs = [n for n in placeholders(body.graph) if n in read]
+    own = up_to(body, inputs, item)
+    return Computed(own, code_of(own), tuple(outside[n] for n in inputs), value_of(item))
+
+
 def same_as(node: Any) -> Any:
     """Return the node that a view of all of it, in order, is made of."""
     while isinstance(node, Node) and node.target in _WHOLE:
@@ -226,6 +291,13 @@ def same_as(node: Any) -> Any:
             break
         node = source
     return node
+
+
+def code_of(body: GraphModule) -> str:
+    """Return what tells a graph from others."""
+    # A constant is one of these graphs' own, whatever its name.
+    own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
+    return f"{body.code}{own}"
 
 
 def up_to(module: GraphModule, inputs: Sequence[Node], node: Node) -> GraphModule:

@@ -95,14 +95,14 @@ def _bases(asked: Asked) -> list[Base]:
 
 
 def _worth_it(asked: Asked) -> Asked:
-    """Leave out values and first derivatives of operands of which nothing higher is asked for."""
-    high = {
-        base
-        for found in asked.values()
-        if any(part.order > 1 for demand in found.values() for part in demand.parts)
-        for base in found
-    }
-    return {node: found for node, found in asked.items() if set(found) <= high}
+    """Leave out values and first derivatives of operands of which nothing higher is asked for,
+    unless they are parts of sums with higher ones."""
+    high = {base for found in asked.values() for base, d in found.items() if _is_high(d)}
+    return {node: found for node, found in asked.items() if not high.isdisjoint(found)}
+
+
+def _is_high(demand: Demand) -> bool:
+    return any(part.order > 1 for part in demand.parts)
 
 
 def _replace(module: GraphModule, asked: Asked, lowered: dict[Base, Lowered]) -> None:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from passes.custom_rules import CUSTOM
 from passes.graph import is_equal, reaches, value_of, where
+from passes.markers import stop
 from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ class Rows:
     """
 
     def __init__(self, graph: Graph, point: Node) -> None:
-        moving = reaches([point])
+        moving = reaches([point], through=lambda node: node.target is not stop)
         rows = value_of(point).shape[:1]
         self.kept = {point} if rows else set[Node]()
         self.reasons = {} if rows else {point: "the point has no rows"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,10 +26,34 @@ class Index:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """An explicit tensor that is computed where it is needed.
+
+    Attributes:
+        body: ``inputs → (the tensor,)``, plain operators.
+        code: What the body computes; two bodies of the same code are one.
+        inputs: Nodes, and what is computed from nodes.
+        like: The example value.
+    """
+
+    body: GraphModule = field(compare=False, repr=False)
+    code: str
+    inputs: tuple[Any, ...]
+    like: Any = field(compare=False, repr=False)
+
+
+def leaves_of(item: Any) -> list[Node]:
+    """Return the nodes that an explicit tensor is, or is computed from."""
+    if isinstance(item, Computed):
+        return [leaf for read in item.inputs for leaf in leaves_of(read)]
+    return [item] if isinstance(item, Node) else []
+
+
+@dataclass(frozen=True)
 class Factor:
     """An explicit tensor; None where it has one element along a dimension and is repeated."""
 
-    node: Node
+    node: Node | Computed
     indices: tuple[Index | None, ...]
 
 
@@ -41,11 +65,13 @@ class Base:
         body: ``f``; its first input is the point, its first result counts.
         code: What the body computes; two bodies of the same code are one.
         inputs: The point, and what else the body reads.
+        order: How many derivatives at the point f is itself.
     """
 
     body: GraphModule = field(compare=False)
     code: str
     inputs: tuple[Any, ...]
+    order: int = 0
 
     @property
     def point(self) -> Node:
@@ -107,6 +133,11 @@ class Term:
             return None
         return replace(self, fixed={**self.fixed, index: value})
 
+    def with_factors(self, new: Callable[[Any], Any]) -> Term:
+        """Return the term with other tensors in place of its explicit ones."""
+        factors = tuple(Factor(new(f.node), f.indices) for f in self.factors)
+        return replace(self, factors=factors)
+
     def times(self, scale: float = 1.0, *factors: Factor) -> Term:
         """Return the term times a number and explicit tensors."""
         return replace(self, scale=self.scale * scale, factors=(*self.factors, *factors))
@@ -127,6 +158,10 @@ class Expression:
     def with_terms(self, terms: Sequence[Term | None]) -> Expression:
         """Return an expression of the same dimensions; terms that are zero are left out."""
         return replace(self, terms=tuple(term for term in terms if term is not None))
+
+    def with_factors(self, new: Callable[[Any], Any]) -> Expression:
+        """Return the expression with other tensors in place of its explicit ones."""
+        return self.with_terms([term.with_factors(new) for term in self.terms])
 
     def renamed(self, names: Mapping[Index, Index]) -> Expression:
         """Return the expression with indices replaced."""

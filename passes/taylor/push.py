@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,18 @@ from torch.fx.traceback import set_current_meta
 from torch.utils import _pytree as pytree
 
 from passes.graph import results
+from passes.markers import stop
 from passes.taylor.jets import Jets, Series
 from passes.taylor.rules import NoSeries, series_of
 from passes.tracking import acting, follow
 
 
 def push_series(
-    module: GraphModule, jets: Jets, primals: Sequence[Any], series: Sequence[Series | None]
+    module: GraphModule,
+    jets: Jets,
+    primals: Sequence[Any],
+    series: Sequence[Series | None],
+    starts: Mapping[Node, Callable[[Any, tuple], Series]] | None = None,
 ) -> tuple[list[Any], list[Series]]:
     """Run a functional ATen graph on values and their Taylor series at once.
 
@@ -26,6 +31,8 @@ def push_series(
         jets: The arithmetic: order, directions, what is collapsed.
         primals: The inputs' values x₀.
         series: Their coefficients; None for an input that does not move.
+        starts: Nodes whose coefficients are given, in place of those of what they read, by their
+            values and those of their arguments.
 
     Returns:
         f's values, and the coefficients of each.
@@ -47,7 +54,12 @@ def push_series(
                 value[node] = out = node.target(*args, **kwargs)
                 follow(pytree.tree_leaves(out))
             moved[node] = None
-            if all(moved[read] is None for read in node.all_input_nodes):
+            if starts and node in starts:
+                with acting(node, "tangent"):
+                    moved[node] = found = starts[node](out, args)
+                    follow([term for term in found.terms if term is not None])
+                continue
+            if node.target is stop or all(moved[read] is None for read in node.all_input_nodes):
                 continue
             if any(moved[n] is not None for n in _nodes_in(node.kwargs)):
                 raise NoSeries(f"{node.target}: a keyword argument moves")

@@ -1,0 +1,120 @@
+"""Directions as tensors, and what a first linear layer makes of them.
+
+A direction that all rows share, such as a basis vector, has one row. A layer takes it as it is,
+``(1 vᵀ) W = 1 (vᵀ W)``, for a basis vector a row of W; only then is it repeated. So directions in a
+point of many dimensions cost next to nothing before the first layer's result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.contraction.directions import Direction
+from passes.graph import arguments, placeholders, reaches
+
+aten = torch.ops.aten
+
+
+def first_layers(body: GraphModule) -> list[Node]:
+    """Return the linear layers of a body that reads its point, a matrix, in such layers alone;
+    nothing of any other body."""
+    point = placeholders(body.graph)[0]
+    moving = reaches([point])
+    for node in point.users:
+        if node.kwargs or node.target not in (aten.mm.default, aten.addmm.default):
+            return []
+        *rest, left, weight = arguments(node)
+        if left is not point or any(n in moving for n in (*rest, weight)):
+            return []
+    return list(point.users)
+
+
+def stacked(directions: Sequence[Direction], point: Tensor, given: Mapping[Any, Any]) -> Tensor:
+    """Return directions, shape (directions, *point.shape)."""
+    found = [_sum(d, lambda v: _vector(v, point, given)) for d in directions]
+    return torch.stack([one.expand(point.shape) for one in found])
+
+
+def along_layer(
+    directions: Sequence[Direction],
+    point: Tensor,
+    weight: Tensor,
+    given: Mapping[Any, Any],
+    out: Tensor,
+) -> Tensor:
+    """Return what a layer makes of directions, shape (directions, *out.shape).
+
+    Args:
+        directions: In the point.
+        point: The layer's input, shape (rows, features).
+        weight: Shape (features, results).
+        given: The explicit tensors that directions are made of.
+        out: The layer's result, shape (rows, results).
+    """
+    run = _run(directions)
+    if run is not None:
+        return weight.narrow(0, run.start, len(run)).unsqueeze(1).expand(-1, *out.shape)
+
+    def one(vector: Any) -> Tensor:
+        kind, *rest = vector
+        if kind == "basis":
+            return weight.narrow(0, rest[0], 1)
+        value = _vector(vector, point, given)
+        return value.expand(value.shape[0], point.shape[1]) @ weight
+
+    return torch.stack([_sum(d, one).expand(out.shape) for d in directions])
+
+
+def _run(directions: Sequence[Direction]) -> range | None:
+    """Return the positions if directions are basis vectors one after the other."""
+    places: list[int] = []
+    for direction in directions:
+        ((kind, *rest), scale), *more = direction
+        if more or kind != "basis" or scale != 1:
+            return None
+        places.append(rest[0])
+    found = range(places[0], places[-1] + 1)
+    return found if list(found) == places else None
+
+
+def _sum(direction: Direction, value: Any) -> Tensor:
+    total = None
+    for vector, scale in sorted(direction, key=str):
+        one = value(vector)
+        one = one if scale == 1 else one * scale
+        total = one if total is None else total + one
+    assert total is not None
+    return total
+
+
+def _vector(vector: Any, point: Tensor, given: Mapping[Any, Any]) -> Tensor:
+    """Return a vector, of size 1 along dimensions of the point that it does not depend on."""
+    kind, *rest = vector
+    shape = point.shape[1:]
+    if kind == "basis":
+        flat = sum(k * math.prod(shape[i + 1 :]) for i, k in enumerate(rest))
+        places = torch.arange(math.prod(shape), device=point.device) == flat
+        return places.to(point.dtype).reshape(1, *shape)
+    total = point.new_ones((1,) * point.dim())
+    for node, places in rest:
+        value = given[node]
+        for dim in range(len(places) - 1, -1, -1):
+            if isinstance(places[dim], tuple):
+                value = value.select(dim, places[dim][1])
+            elif places[dim] is None:
+                value = value.select(dim, 0)
+        left = [
+            0 if p == "row" else p + 1 for p in places if p is not None and not isinstance(p, tuple)
+        ]
+        value = value.permute(sorted(range(len(left)), key=left.__getitem__))
+        for dim in range(point.dim()):
+            if dim not in left:
+                value = value.unsqueeze(dim)
+        total = total * value
+    return total
