@@ -11,7 +11,7 @@ from passes.graph import print_graph
 from passes.joint import Roles
 from passes.nest import Site
 from passes.price import evaluated, size_hints
-from passes.strategies import NAMES, TAYLOR
+from passes.strategies import CONTRACTION, NAMES, TAYLOR
 from rewriter.as_written import AsWritten
 from rewriter.bounds import bound_of
 from rewriter.errors import NotRewritten, OptionError
@@ -218,6 +218,7 @@ def _refusals(forms: Forms, tried: Sequence[Form]) -> dict[tuple[str, str], str]
     word."""
     took = {item for form in tried for item in form.candidate.strategies.items()}
     took |= {(site.name, TAYLOR) for site in forms.sites if site.order == 1}
+    took |= {(site.name, CONTRACTION) for site in forms.sites if site.order > 1}
     found = {key: reason for key, reason in forms.refusals.items() if key not in took}
     return dict(sorted(found.items(), key=lambda item: NAMES.index(item[0][1])))
 

@@ -64,6 +64,10 @@ def parts_of(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:
     Raises:
         NotPlanned: The derivative has an index that is not contracted, or too many directions.
     """
+    if term.row is None:
+        raise NotPlanned(term.base.mixing)
+    if len(set(dims) - {None}) < len([d for d in dims if d is not None]):
+        raise NotPlanned("a whole derivative of a batch is used, zeros and all")
     term = replace(term, factors=tuple(map(source_of, term.factors)))
     counted = [index for slot in term.slots for index in slot]
     many = []
@@ -99,6 +103,7 @@ def _along_single_directions(term: Term, dims: Sequence[Index | None]) -> Iterat
     left = {i for f in factors for i in f.indices if i is not None and i not in term.fixed}
     if not left <= {term.row, *term.outs, *dims}:
         raise NotPlanned("an explicit tensor is summed over an index of its own")
+    assert term.row is not None, "parts_of has refused it"
     indices = (term.row, *term.outs)
     if not slots:
         yield Part(term.scale, indices, factors, term.fixed, None, 0)

@@ -18,7 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes import derivative
 from passes.contraction.constants import Constants
-from passes.contraction.moves import MOVES
+from passes.contraction.first_order import cost
+from passes.contraction.moves import MOVES, Move
 from passes.contraction.rows import Rows, RowsMix
 from passes.contraction.terms import Base, Computed, Expression, Factor, Index, Term
 from passes.graph import arguments, is_random, needs, placeholders, reaches, results, value_of
@@ -29,6 +30,12 @@ aten = torch.ops.aten
 _WHOLE = {
     aten.alias.default, aten.permute.default, aten.reshape.default, aten.view.default,
     aten.expand.default,
+}  # fmt: skip
+# Of one tensor, and linear with numbers 0 and 1.
+_PLAIN = {
+    *_WHOLE, aten.clone.default, aten.t.default, aten.transpose.int, aten.select.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._unsafe_view.default,
+    aten.sum.default, aten.sum.dim_IntList,
 }  # fmt: skip
 _DERIVATIVES = (derivative.gradient, derivative.tangent)
 # What they return is taken out of their argument.
@@ -48,6 +55,10 @@ class Raised:
         point: In a body, the input that it is differentiated at: what keeps its rows apart, and
             holds no derivative, is an operand too.
 
+        mixing: In a body, why its rows mix; its result is then the only operand, and a whole.
+        one_by_one: Let a value computed from derivatives be a factor of others: they are computed
+            one after another, not together.
+
     Attributes:
         expressions: Node → what it is.
         refusals: Derivative node → why it is no operand.
@@ -58,14 +69,20 @@ class Raised:
         module: GraphModule,
         known: dict[Node, Tensor] | None = None,
         point: Node | None = None,
+        *,
+        mixing: str = "",
+        one_by_one: bool = False,
     ) -> None:
-        self.module, self.point = module, point
+        self.module, self.point, self.mixing = module, point, mixing
         self.constants = Constants(module.graph, known)
         self.expressions: dict[Node, Expression] = {}
         self.refusals: dict[Node, str] = {}
+        self.one_by_one = one_by_one
         # What is computed from derivatives is no factor of them: they are computed together.
-        self._derived = reaches([n for n in module.graph.nodes if "site" in n.meta])
+        derivatives = [] if one_by_one else sites(module)
+        self._derived = reaches(derivatives)
         self._rows = None if point is None else Rows(module.graph, point)
+        self._whole = whole_operands(module) if mixing else set[Node]()
         for node in module.graph.nodes:
             if node.op == "call_function" and not self._is_operand(node):
                 found = self._raised(node)
@@ -87,6 +104,8 @@ class Raised:
         raise RowsMix(reasons[0] if reasons else "an inner derivative is not used linearly")
 
     def _is_operand(self, node: Node) -> bool:
+        if self.mixing:
+            return node in self._whole
         return self._rows is not None and node in self._rows.kept
 
     def _known(self, node: Node) -> Expression | None:
@@ -110,9 +129,10 @@ class Raised:
         inputs = placeholders(self.module.graph)
         first = [self.point, *(n for n in inputs if n is not self.point)]
         body = up_to(self.module, first, node)
-        row, *outs = (Index(size) for size in value_of(node).shape)
-        base = Base(body, code_of(body), tuple(first))
-        return Expression((Term(base, row, tuple(outs), ()),), (row, *outs))
+        dims = tuple(Index(size) for size in value_of(node).shape)
+        base = Base(body, code_of(body), tuple(first), mixing=self.mixing)
+        row, outs = (None, dims) if self.mixing else (dims[0], dims[1:])
+        return Expression((Term(base, row, outs, ()),), dims)
 
     def _raised(self, node: Node) -> Expression | None:
         source = node.args[0] if node.args else None
@@ -128,6 +148,11 @@ class Raised:
         fixed = {n: self._unmoved(n) for n in self._derived.intersection(explicit)}
         if len(explicit) == len(reads) or None in fixed.values():
             return None
+            return None
+        if self.one_by_one and not explicit and len(node.all_input_nodes) == 2:
+            found = self._product_of(node, move)
+            if found is not None:
+                return found
         found = move(self.expressions, self.constants, node)
         return found and found.with_factors(lambda item: fixed.get(item, item))
 
@@ -151,6 +176,13 @@ class Raised:
             return None
         return found if isinstance(found, Computed) else None
 
+    def _product_of(self, node: Node, move: Move) -> Expression | None:
+        """Return a product of two expressions as the dearer one's, the other being a factor, where
+        that spares the dearer one."""
+        one = max(node.all_input_nodes, key=lambda n: cost(self.expressions[n]))
+        found = move({one: self.expressions[one]}, self.constants, node)
+        return found if found and cost(found) < cost(self.expressions[one]) else None
+
     def _result_of(self, node: Node, position: int) -> Expression | None:
         """Return the derivative that a node computes, or the value of what is differentiated."""
         _, n_points, n_outputs, n_batch, *inputs = arguments(node)
@@ -160,8 +192,6 @@ class Raised:
             # The body with the derivatives inside it, which forward mode takes apart.
             body = node.meta.get("whole") or body_of(self.module, node)
             forward = node.target is derivative.tangent
-            if forward and not sites(body):
-                raise RowsMix("a first derivative in forward mode is as cheap as it can be")
             outside = dict(zip(placeholders(body.graph), inputs, strict=False))
             expression = self._of_body(body, outside, max(position - 1, 0))
             if position > 0:
@@ -182,7 +212,13 @@ class Raised:
         point = placeholders(body.graph)[0]
         if any(is_random(node) for node in body.graph.nodes):
             raise RowsMix("a random draw inside")
-        expression = Raised(body, self.constants.inside(outside), point).result(position)
+        constants = self.constants.inside(outside)
+        try:
+            expression = Raised(body, constants, point).result(position)
+        except RowsMix as reason:
+            if sites(body) or derivative.holds_user_function(body):
+                raise
+            expression = Raised(body, constants, point, mixing=str(reason)).result(position)
         moving = _moving([point])
 
         def seen_outside(item: Any) -> Any:
@@ -203,17 +239,18 @@ class Raised:
         self, expression: Expression, seed: Any, n_batch: int, point: Tensor
     ) -> Expression:
         """``∂/∂x[n, j] Σ s[b, …] E[…]``: rows are apart, so n is E's own row."""
-        row, *rest = (Index(size) for size in point.shape)
+        at = tuple(Index(size) for size in point.shape)
         batch = [Index(size) for size in value_of(seed).shape[:n_batch]]
-        dims = (*batch, row, *rest)
+        dims = (*batch, *at)
         terms = []
         for term in expression.terms:
-            names = {term.row: row}
+            names = {} if term.row is None else {term.row: at[0]}
             moved = term.renamed(names)
             assert moved is not None
             seeds = [None if d is None else names.get(d, d) for d in expression.dims]
             factor = Factor(seed, (*batch, *seeds))
-            moved = replace(moved, slots=(*moved.slots, tuple(rest))).times(1.0, factor)
+            slot = at if term.row is None else at[1:]
+            moved = replace(moved, slots=(*moved.slots, slot)).times(1.0, factor)
             terms.append(self._simple(moved, dims))
         return Expression(tuple(terms), dims)
 
@@ -223,9 +260,11 @@ class Raised:
         dims = (*batch, *expression.dims)
         terms = []
         for term in expression.terms:
-            slot = tuple(Index(size) for size in value_of(direction).shape[n_batch + 1 :])
+            row = () if term.row is None else (term.row,)
+            sizes = value_of(direction).shape[n_batch + len(row) :]
+            slot = tuple(Index(size) for size in sizes)
             moved = replace(term, slots=(*term.slots, slot))
-            moved = moved.times(1.0, Factor(direction, (*batch, term.row, *slot)))
+            moved = moved.times(1.0, Factor(direction, (*batch, *row, *slot)))
             terms.append(self._simple(moved, dims))
         return Expression(tuple(terms), dims)
 
@@ -298,6 +337,15 @@ def code_of(body: GraphModule) -> str:
     # A constant is one of these graphs' own, whatever its name.
     own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
     return f"{body.code}{own}"
+def whole_operands(module: GraphModule) -> set[Node]:
+    """Return what the results of a body are views, slices and sums of."""
+    found = set()
+    for node in results(module.graph):
+        while isinstance(node, Node) and node.target in _PLAIN and len(node.all_input_nodes) == 1:
+            node = node.args[0]
+        if isinstance(node, Node) and node.op == "call_function":
+            found.add(node)
+    return found
 
 
 def up_to(module: GraphModule, inputs: Sequence[Node], node: Node) -> GraphModule:

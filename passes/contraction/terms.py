@@ -66,12 +66,14 @@ class Base:
         code: What the body computes; two bodies of the same code are one.
         inputs: The point, and what else the body reads.
         order: How many derivatives at the point f is itself.
+        mixing: Why its rows mix, where they do: f[o] is a whole, without n.
     """
 
     body: GraphModule = field(compare=False)
     code: str
     inputs: tuple[Any, ...]
     order: int = 0
+    mixing: str = field(default="", compare=False)
 
     @property
     def point(self) -> Node:
@@ -86,7 +88,7 @@ class Term:
 
     Attributes:
         base: f.
-        row: n.
+        row: n; None where rows mix, and their dimension is one of the others.
         outs: The indices of the dimensions of f's result after the first.
         slots: For each of the k derivatives the indices of the point's other dimensions.
         scale: A number.
@@ -95,7 +97,7 @@ class Term:
     """
 
     base: Base
-    row: Index
+    row: Index | None
     outs: tuple[Index, ...]
     slots: tuple[tuple[Index, ...], ...]
     scale: float = 1.0

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from passes.bodies import Linearizations
 from passes.graph import placeholders
 from passes.nest import active_nodes, sites
-from passes.strategies import taylor
+from passes.strategies import contraction, taylor
 from passes.strategies.base import Refused, Strategy
 from passes.strategies.jvp_over_gradient import JvpOverGradient
 from passes.strategies.reverse import Reverse
@@ -18,7 +18,7 @@ REVERSE = Reverse()
 # Those of a single site. Where one is refused the next is taken.
 STRATEGIES: tuple[Strategy, ...] = (JvpOverGradient(), REVERSE)
 # In order of preference at equal price.
-NAMES = (*(strategy.name for strategy in STRATEGIES), taylor.NAME)
+NAMES = (*(strategy.name for strategy in STRATEGIES), contraction.NAME, taylor.NAME)
 
 
 def put_in_form(
@@ -43,11 +43,17 @@ def put_in_form(
         one name for all; the outermost one counts.
     """
     by_name = {strategy.name: strategy for strategy in STRATEGIES}
-    by_name[taylor.NAME] = STRATEGIES[0]  # of what is no contraction
+    by_name[taylor.NAME] = by_name[contraction.NAME] = STRATEGIES[0]  # of what is left
     own: dict[str, str] = {}
-    contracted = {name for name, strategy in wish.items() if strategy == taylor.NAME}
-    found = taylor.contract(module, contracted, refusals) if contracted else {}
-    if found:
+    found: dict[str, str] = {}
+    contracted: dict[str, str] = {}
+    first = {name for name, strategy in wish.items() if strategy == contraction.NAME}
+    higher = {name for name, strategy in wish.items() if strategy == taylor.NAME}
+    if first:
+        contracted = contraction.contract_first(module, first, refusals)
+    if higher:
+        found = taylor.contract(module, higher, refusals)
+    if found or contracted:
         active = active_nodes(module, active.intersection(placeholders(module.graph)))
 
     def inside(body: GraphModule, nodes: set[Node]) -> dict[str, str]:
@@ -63,4 +69,4 @@ def put_in_form(
             taken = REVERSE.build(module, node, active, inside, known)
         own[name] = taken.pop(name)
         found = taken | found
-    return found | own
+    return found | own | contracted

@@ -149,11 +149,14 @@ class JvpOverGradient(Strategy):
         roles = n_points, parts.n_outputs, tuple(used), tuple(extra), tuple(pulled)
         about = name, node.meta.get("stack_trace"), inputs, roles, kind_of(value_of(node))
         lin = known.get(body, about, linearized)
-        module.register_module(f"primal_{name}", lin.primal)
-        module.register_module(f"tangent_{name}", lin.tangent)
+        own = name
+        while hasattr(module, f"primal_{own}"):  # a contraction may have several nodes of one site
+            own += "_"
+        module.register_module(f"primal_{own}", lin.primal)
+        module.register_module(f"tangent_{own}", lin.tangent)
         with module.graph.inserting_before(node):
-            primal = module.graph.get_attr(f"primal_{name}")
-            tangent = module.graph.get_attr(f"tangent_{name}")
+            primal = module.graph.get_attr(f"primal_{own}")
+            tangent = module.graph.get_attr(f"tangent_{own}")
         node.target = derivative.jvp_over_gradient
         node.args = (
             primal,

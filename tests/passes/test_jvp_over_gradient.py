@@ -16,6 +16,7 @@ from passes.joint import Roles, trace_joint, trace_value
 from passes.nest import all_sites, sites
 from passes.price import price
 from passes.strategies import (
+    CONTRACTION,
     NAMES,
     STRATEGIES,
     TAYLOR,
@@ -183,7 +184,7 @@ def test_record_of_what_was_taken(inputs: list[Tensor]) -> None:
     _, taken = in_form(module, inputs)
     assert {site.name for site in all_sites(module, sites(module))} == set(taken)
     assert set(taken.values()) == {"jvp_over_gradient"}
-    assert [*(strategy.name for strategy in STRATEGIES), TAYLOR] == list(NAMES)
+    assert [*(s.name for s in STRATEGIES), CONTRACTION, TAYLOR] == list(NAMES)
 
 
 # Results that are one tensor
