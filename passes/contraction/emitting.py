@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from passes import derivative
 from passes.contraction.directions import NotPlanned
 from passes.contraction.first_order import Held, Planned, Push
-from passes.contraction.terms import Factor, Index, Term
-from passes.graph import results, value_of
+from passes.contraction.terms import Computed, Factor, Index, Term
+from passes.graph import placeholders, results, value_of
 from passes.nest import Site
 from passes.origin import note
 from passes.tangent_rules import NoRule
@@ -28,13 +28,13 @@ class Emitter:
     """Adds nodes to a derivative graph, where the graph inserts.
 
     Attributes:
-        replaced: Nodes of the graph → what has taken their place.
+        replaced: Nodes of the graph, and tensors to be computed → the nodes that stand for them.
         made: The derivative nodes that were added.
     """
 
     def __init__(self, module: GraphModule) -> None:
         self.module, self.graph = module, module.graph
-        self.replaced: dict[Node, Node] = {}
+        self.replaced: dict[Any, Node] = {}
         self.made: list[Node] = []
         self._pushed: dict[Any, Node] = {}
         self._like: Node | None = None
@@ -96,8 +96,26 @@ class Emitter:
         node = self._inlined(lambda x: _dense(held, x.new_ones(())), [point])
         return Factor(node, held.indices)
 
-    def _now(self, node: Any) -> Any:
-        return self.replaced.get(node, node)
+    def _now(self, item: Any) -> Any:
+        """Return the node of an explicit tensor.
+
+        Raises:
+            NotPlanned: It is computed of constants that are its own.
+        """
+        if not isinstance(item, Computed):
+            return self.replaced.get(item, item)
+        if item not in self.replaced:
+            self.replaced[item] = self._copied(item)
+        return self.replaced[item]
+
+    def _copied(self, item: Computed) -> Node:
+        if item.body.graph.find_nodes(op="get_attr"):
+            raise NotPlanned("a factor is computed of constants inside a body")
+        copies = dict(zip(placeholders(item.body.graph), map(self._now, item.inputs), strict=True))
+        for node in item.body.graph.find_nodes(op="call_function"):
+            copies[node] = self.graph.node_copy(node, copies.__getitem__)
+            self._note(copies[node])
+        return copies[results(item.body.graph)[0]]
 
     def _push(self, push: Push) -> Node:
         """Return the derivative node of vectors, which is added if it is new.
@@ -165,7 +183,7 @@ class Emitter:
         with self.graph.inserting_after(node):
             item = self.graph.call_function(operator.getitem, (node, position))
         item.meta = {"val": value_of(node)[position], "stack_trace": node.meta.get("stack_trace")}
-        self._note(item, "getitem")
+        self._note(item)
         return item
 
     def _inlined(self, function: Callable[..., Tensor], inputs: Sequence[Node]) -> Node:
@@ -180,10 +198,10 @@ class Emitter:
             elif node.op != "output":
                 assert node.op == "call_function", f"{node} is a constant"
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
-                self._note(copies[node], node.name)
+                self._note(copies[node])
         return copies[results(traced)[0]]
 
-    def _note(self, node: Node, name: str) -> None:
+    def _note(self, node: Node) -> None:
         like = self._like
         assert like is not None
         node.meta.setdefault("stack_trace", like.meta.get("stack_trace"))

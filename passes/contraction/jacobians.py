@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
@@ -13,7 +14,7 @@ from passes.contraction.directions import NotPlanned
 from passes.contraction.emitting import Emitter
 from passes.contraction.first_order import Planned, best, is_of_first_order, together, total
 from passes.contraction.raising import Raised
-from passes.contraction.terms import Base, Expression, Term
+from passes.contraction.terms import Base, Computed, Expression, Factor, Term
 from passes.graph import arguments, drop_dead, hint, value_of
 from passes.nest import sites
 from passes.order import sort_nodes
@@ -136,14 +137,20 @@ def _joined(expression: Expression, node: Node, like: Node, emitter: Emitter) ->
     terms = list(joined.terms)
     for part, term in held:
         terms.append(term.times(1.0, emitter.constant(part, term.base.point, like)))
-    types = {value_of(f.node).dtype for term in terms for f in term.factors}
+    types = {_like(f).dtype for term in terms for f in term.factors}
     types |= {value_of(term.base.point).dtype for term in terms} | {value.dtype}
+    if any(term.base.order for term in terms):
+        raise NotPlanned("what is differentiated is itself a derivative")
     if len(types) > 1 or value.dtype.is_complex:
         raise NotPlanned("numbers of several types, or complex ones, are multiplied")
     bases = {term.base for term in terms if term.order}
     if any(not term.order and term.base not in bases for term in terms):
         raise NotPlanned("a value is added that is not differentiated here")
     return joined.with_terms(terms)
+
+
+def _like(factor: Factor) -> Tensor:
+    return factor.node.like if isinstance(factor.node, Computed) else value_of(factor.node)
 
 
 def _below(raised: Raised, node: Node) -> tuple[Node, ...]:

@@ -337,6 +337,8 @@ def code_of(body: GraphModule) -> str:
     # A constant is one of these graphs' own, whatever its name.
     own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
     return f"{body.code}{own}"
+
+
 def whole_operands(module: GraphModule) -> set[Node]:
     """Return what the results of a body are views, slices and sums of."""
     found = set()

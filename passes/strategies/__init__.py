@@ -8,6 +8,6 @@ from passes.strategies.reverse import Reverse
 from passes.strategies.taylor import NAME as TAYLOR
 
 __all__ = [
-    "CONTRACTION", "NAMES", "STRATEGIES", "TAYLOR", "Inside", "JvpOverGradient", "Refused", "Reverse",
-    "Strategy", "put_in_form",
+    "CONTRACTION", "NAMES", "STRATEGIES", "TAYLOR", "Inside", "JvpOverGradient", "Refused",
+    "Reverse", "Strategy", "put_in_form",
 ]  # fmt: skip
