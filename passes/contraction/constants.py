@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,12 +80,21 @@ class Constants:
             return float(value), None
         if value.dim() == 2 and value.shape[0] == value.shape[1]:
             scale = value[0, 0]
-            if bool((value == scale * torch.eye(len(value), dtype=value.dtype)).all()):
+            if bool((value == scale * torch.eye(len(value)).to(value)).all()):
                 a, b = left
                 assert a is not None
                 assert b is not None
                 return float(scale), (a, b)
         return None
+
+
+def is_identity(value: Tensor, batch_dims: int) -> bool:
+    """Whether a tensor's first dimensions number the unit vectors of the space that the others
+    span."""
+    n = math.prod(value.shape[:batch_dims])
+    if n != math.prod(value.shape[batch_dims:]):
+        return False
+    return bool((value.reshape(n, n) == torch.eye(n, dtype=value.dtype, device=value.device)).all())
 
 
 def _shape_of(node: Node) -> Tensor | None:

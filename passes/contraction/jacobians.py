@@ -6,18 +6,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
+from passes.contraction.blocks import sum_blocks_only, unflatten
 from passes.contraction.directions import NotPlanned
 from passes.contraction.emitting import Emitter
 from passes.contraction.first_order import Planned, best, is_of_first_order, together, total
 from passes.contraction.raising import Raised
 from passes.contraction.terms import Base, Computed, Expression, Factor, Term
-from passes.graph import arguments, drop_dead, hint, value_of
+from passes.graph import arguments, drop_dead, hint, reaches, value_of
 from passes.nest import sites
 from passes.order import sort_nodes
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ def contract_jacobians(
     before = {node: node.meta["site"].name for node in sites(module)}
     if not any(map(may, before.values())):
         return set(), {}
+    whole = unflatten(module)
     raised = Raised(module, one_by_one=True)
+    if whole and sum_blocks_only(raised):
+        raised = Raised(module, one_by_one=True)
     reasons = {before[node]: why for node, why in raised.refusals.items()}
     emitter = Emitter(module)
     asked = _asked(raised, emitter, may, reasons)
@@ -76,6 +83,8 @@ def contract_jacobians(
             continue
         node.replace_all_uses_with(value)
         emitter.replaced[node] = value
+    for node in module.graph.find_nodes(op="call_function", target=aten._unsafe_view.default):
+        node.target = aten.reshape.default  # what it reads may have other strides now
     sort_nodes(module.graph)
     drop_dead(module.graph)
     module.recompile()
@@ -129,6 +138,8 @@ def _joined(expression: Expression, node: Node, like: Node, emitter: Emitter) ->
     Raises:
         NotPlanned: It is no contraction that is computed by pushing vectors.
     """
+    if any(user.target is aten.as_strided.default for user in reaches([node])):
+        raise NotPlanned("its memory is viewed")
     dims = [index for index in expression.dims if index is not None]
     if len(set(dims)) < len(dims):
         raise NotPlanned("the whole Jacobian of a batch is used, zeros and all")
@@ -189,7 +200,7 @@ def _worth_it(
         if any(t.base in fewer for t in asked[node].terms):
             plans.setdefault(node, []).append(plan)
             continue
-        word = "as few vectors as can be go through its body as written"
+        word = term.base.mixing or "as few vectors as can be go through its body as written"
         reasons |= {names[n]: word for n in asked[node].below if names[n] not in reasons}
         assert term.base not in fewer
     return plans

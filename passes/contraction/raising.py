@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes import derivative
-from passes.contraction.constants import Constants
+from passes.contraction.constants import Constants, is_identity
 from passes.contraction.first_order import cost
 from passes.contraction.moves import MOVES, Move
 from passes.contraction.rows import Rows, RowsMix
@@ -240,6 +240,13 @@ class Raised:
     ) -> Expression:
         """``∂/∂x[n, j] Σ s[b, …] E[…]``: rows are apart, so n is E's own row."""
         at = tuple(Index(size) for size in point.shape)
+        if self._are_units(expression, seed, n_batch):
+            (term,) = expression.terms
+            names = {} if term.row is None else {term.row: at[0]}
+            moved = expression.renamed(names)
+            slot = at if term.row is None else at[1:]
+            found = [replace(t, slots=(*t.slots, slot)) for t in moved.terms]
+            return Expression(tuple(found), (*moved.dims, *at))
         batch = [Index(size) for size in value_of(seed).shape[:n_batch]]
         dims = (*batch, *at)
         terms = []
@@ -256,6 +263,12 @@ class Raised:
 
     def _along(self, expression: Expression, direction: Any, n_batch: int) -> Expression:
         """``Σⱼ ∂E/∂x[n, j] v[b, n, j]``."""
+        if self._are_units(expression, direction, n_batch):
+            (term,) = expression.terms
+            row = () if term.row is None else (term.row,)
+            slot = tuple(Index(size) for size in value_of(direction).shape[n_batch + len(row) :])
+            moved = replace(term, slots=(*term.slots, slot))
+            return Expression((moved,), (*row, *slot, *expression.dims))
         batch = tuple(Index(size) for size in value_of(direction).shape[:n_batch])
         dims = (*batch, *expression.dims)
         terms = []
@@ -267,6 +280,14 @@ class Raised:
             moved = moved.times(1.0, Factor(direction, (*batch, *row, *slot)))
             terms.append(self._simple(moved, dims))
         return Expression(tuple(terms), dims)
+
+    def _are_units(self, expression: Expression, vectors: Any, n_batch: int) -> bool:
+        """Whether vectors are all unit vectors, numbered by the dimensions of their space: what
+        numbers them is then what they select, rows too."""
+        if n_batch < 2 or len(expression.terms) != 1 or len(set(expression.dims)) < n_batch:
+            return False
+        known = self.constants.value(vectors)
+        return known is not None and known.dim() == 2 * n_batch and is_identity(known, n_batch)
 
     def _simple(self, term: Term, dims: Sequence[Index | None]) -> Term:
         """Take constants apart: numbers into the scale, identities into indices."""

@@ -188,9 +188,14 @@ class Expression:
 
     def plus(self, other: Expression) -> Expression | None:
         """Return the sum of two expressions of the same shape; None if one is repeated along a
-        dimension of the other."""
-        if [d is None for d in self.dims] != [d is None for d in other.dims]:
+        dimension of the other, or is zero but on a diagonal of the other."""
+        if _pattern(self.dims) != _pattern(other.dims):
             return None
         pairs = zip(other.dims, self.dims, strict=True)
         other = other.renamed({old: new for old, new in pairs if old is not None and new})
         return replace(self, terms=(*self.terms, *other.terms))
+
+
+def _pattern(dims: Sequence[Index | None]) -> list[int]:
+    """Return for each dimension the first one with the same index; -1 for one of size 1."""
+    return [-1 if index is None else dims.index(index) for index in dims]

@@ -1,0 +1,212 @@
+"""Contracted Jacobians, as users write them: numbers, prices, and no Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacfwd, jacrev, vmap
+
+from passes.graph import elements, value_of
+from passes.price import FlopCounter
+from rewriter import OptimizedLoss, Report
+from tests.oracle import check
+
+ROWS, DIM, HIDDEN = 8, 8, 12
+Full = Callable[[nn.Module, Tensor], Tensor]
+Use = Callable[[Tensor, Tensor], Tensor]
+
+
+def network(n_in: int = DIM, n_out: int = DIM, *more: nn.Module) -> nn.Sequential:
+    torch.manual_seed(3)
+    hidden = [nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, n_out)]
+    return nn.Sequential(nn.Linear(n_in, HIDDEN), nn.Tanh(), *more, *hidden).double()
+
+
+def random(*shape: int) -> Tensor:
+    torch.manual_seed(len(shape))
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def of(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    parameters = dict(net.named_parameters())
+    return lambda x: functional_call(net, parameters, (x,))
+
+
+# Ways to write J[n, o, i].
+
+
+def rows(net: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    u = net(x)
+    found = [torch.autograd.grad(u[:, k].sum(), x, create_graph=True)[0] for k in range(u.shape[1])]
+    return torch.stack(found, 1)
+
+
+def functional(net: nn.Module, x: Tensor) -> Tensor:
+    def summed(x: Tensor) -> Tensor:
+        return net(x).sum(0)
+
+    return torch.autograd.functional.jacobian(summed, x, create_graph=True).transpose(0, 1)
+
+
+def reverse(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(jacrev(of(net)))(x)
+
+
+def forward(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(jacfwd(of(net)))(x)
+
+
+# Ways to write J[n, o, m, i].
+
+
+def batch_reverse(net: nn.Module, x: Tensor) -> Tensor:
+    return jacrev(of(net))(x)
+
+
+def batch_forward(net: nn.Module, x: Tensor) -> Tensor:
+    return jacfwd(of(net))(x)
+
+
+def batch_functional(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(net, x, create_graph=True)
+
+
+# What is asked of them.
+
+
+def jv(J: Tensor, v: Tensor) -> Tensor:
+    return (J @ v[..., None]).square().sum()
+
+
+def vj(J: Tensor, v: Tensor) -> Tensor:
+    return (v[:, None] @ J).square().mean()
+
+
+def vjv(J: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("ni,nij,nj->n", v, J, v).square().sum()
+
+
+def normal(J: Tensor, v: Tensor) -> Tensor:
+    """A tangent, and a cotangent that is made of what it gives."""
+    return (J.mT @ (J @ v[..., None])).square().sum()
+
+
+def thin(J: Tensor, v: Tensor) -> Tensor:
+    """Two directions at once, and a contraction with them from the other side."""
+    two = torch.stack([v, v.sin()], 2)
+    return (two.mT @ J @ two).square().sum()
+
+
+def pairs(J: Tensor, v: Tensor) -> Tensor:
+    """``⟨J, a bᵀ⟩`` and scaled, added, sliced, transposed Jacobians."""
+    both = (J * v[:, :, None] * v.cos()[:, None]).sum((1, 2))
+    more = (2 * J.mT - J / 3)[:, 1] @ v[0]
+    return (both + more).square().sum()
+
+
+def trace(J: Tensor, v: Tensor) -> Tensor:
+    return (J.diagonal(dim1=1, dim2=2).sum(1) * v[:, 0]).square().sum()
+
+
+def squares(J: Tensor, v: Tensor) -> Tensor:
+    return J.pow(2).sum()
+
+
+def product(J: Tensor, v: Tensor) -> Tensor:
+    return (J * J).mean() + J.norm()
+
+
+def of_rows(J: Tensor, v: Tensor) -> Tensor:
+    """One penalty for each sample."""
+    return J.abs().pow(3).sum((1, 2, 3)).square().sum() + (J / 2).square().sum((2, 3)).sin().sum()
+
+
+def diagonal_blocks(J: Tensor, v: Tensor) -> Tensor:
+    return (J.diagonal(dim1=0, dim2=2) + 1).square().sum() + torch.einsum(
+        "nomi->noi", J
+    ).sin().sum()
+
+
+def block_products(J: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("nomi,mi->no", J, v).square().sum()
+
+
+def contracted(full: Full, use: Use) -> Callable[..., Tensor]:
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        return use(full(net, x), v)
+
+    return loss
+
+
+def largest(report: Report) -> int:
+    """Return the elements of the largest tensor of the step."""
+    values = [value_of(node) for node in report.graph.graph.nodes]
+    return max(elements(value) for value in values if isinstance(value, Tensor))
+
+
+def checked(
+    full: Full, use: Use, net: nn.Module, x: Tensor, v: Tensor, **options: Any
+) -> tuple[OptimizedLoss, Report, float]:
+    """Compare values and gradients; return the FLOPs in forward passes too."""
+    loss = check(contracted(full, use), [net], x, v, **options)
+    report = loss.explain(net, x, v)
+    with FlopCounter() as counter, torch.no_grad():
+        net(x)
+    return loss, report, report.flops / counter.flops
+
+
+# (Jacobian, use): 3 forward passes for each vector, and 3 for the value.
+PRODUCTS = [
+    (rows, vjv, 6.3), (rows, normal, 9), (functional, jv, 6), (functional, vj, 6),
+    (reverse, vjv, 6.3), (reverse, normal, 9), (reverse, jv, 6), (forward, vj, 6),
+    (forward, thin, 10), (reverse, pairs, 12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("full", "use", "limit"), PRODUCTS)
+def test_products(full: Full, use: Use, limit: float) -> None:
+    net, x, v = network(), random(ROWS, DIM), random(ROWS, DIM)
+    _, report, flops = checked(full, use, net, x, v)
+    assert {site.strategy for site in report.sites} == {"contraction"}
+    assert flops <= limit
+    assert largest(report) < ROWS * DIM * DIM
+
+
+SMALLER = [
+    (reverse, squares, 3, DIM), (reverse, product, 3, DIM), (forward, squares, DIM, 3),
+    (batch_reverse, squares, 3, DIM), (batch_reverse, product, DIM, 3),
+    (batch_forward, of_rows, 3, DIM), (batch_functional, diagonal_blocks, DIM, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("full", "use", "n_in", "n_out"), SMALLER)
+def test_smaller_side(full: Full, use: Use, n_in: int, n_out: int) -> None:
+    """Three vectors; of a batch's Jacobian the diagonal blocks only."""
+    net, x = network(n_in, n_out), random(ROWS, n_in)
+    _, report, flops = checked(full, use, net, x, x)
+    assert {site.strategy for site in report.sites} == {"contraction"}
+    assert flops <= 3 * 3 + 3.5
+    assert largest(report) < ROWS * n_in * ROWS * n_out / 2
+    assert largest(report) <= max(3 * ROWS * HIDDEN, ROWS * n_in * n_out)
+
+
+def test_products_of_blocks() -> None:
+    """One tangent in place of a Jacobian for each row."""
+    net, x, v = network(), random(ROWS, DIM), random(ROWS, DIM)
+    _, report, flops = checked(batch_reverse, block_products, net, x, v)
+    assert flops <= 6
+    assert largest(report) < ROWS * DIM * DIM
+
+
+def divergence_by_columns(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    u = net(x)
+    total = torch.zeros_like(u[:, 0])
+    for d in range(DIM):
+        total = total + torch.autograd.grad(u[:, d].sum(), x, create_graph=True)[0][:, d]
+    return (total * v[:, 0]).square().sum()
