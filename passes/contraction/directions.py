@@ -76,8 +76,8 @@ def parts_of(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:
             continue
         if index in dims and counted.count(index) == 1:
             raise NotPlanned("a whole gradient or Hessian is used: an index is not contracted")
-        if index in dims or counted.count(index) > 1 or not _is_vector(term, index):
-            many.append(index)
+        many += [index] if index in dims or counted.count(index) > 1 else _apart(term, index, dims)
+    many = list(dict.fromkeys(many))
     sizes = [index.size for index in many]
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > MOST:
         raise NotPlanned("the number of directions is not known, or too large")
@@ -89,11 +89,16 @@ def parts_of(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:
             yield from _along_single_directions(held, dims)
 
 
-def _is_vector(term: Term, index: Index) -> bool:
-    """Whether every factor with this index has beside it only the row."""
+def _apart(term: Term, index: Index, dims: Sequence[Index | None]) -> list[Index]:
+    """Return the indices that are enumerated so that what is summed over an index is a vector: none
+    if it is one, the columns of a thin matrix, or else the index itself."""
     having = [f for f in term.factors if index in f.indices]
     others = {i for f in having for i in f.indices if i is not None and i not in term.fixed}
-    return bool(having) and others <= {index, term.row}
+    columns = sorted(others - {index, term.row}, key=lambda i: i.number)
+    if not having or not all(c in dims and isinstance(c.size, int) for c in columns):
+        return [index]
+    is_thin = not isinstance(index.size, int) or math.prod(c.size for c in columns) < index.size
+    return columns if is_thin else [index]
 
 
 def _along_single_directions(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:

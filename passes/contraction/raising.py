@@ -20,10 +20,11 @@ from passes import derivative
 from passes.contraction.constants import Constants, is_identity
 from passes.contraction.first_order import cost
 from passes.contraction.moves import MOVES, Move
+from passes.contraction.picking import pick
 from passes.contraction.rows import Rows, RowsMix
-from passes.contraction.terms import Base, Computed, Expression, Factor, Index, Term
+from passes.contraction.terms import Base, Computed, Expression, Factor, Index, Term, code_of
 from passes.graph import arguments, is_random, needs, placeholders, reaches, results, value_of
-from passes.nest import attribute_of, body_of, sites
+from passes.nest import body_of, sites
 
 aten = torch.ops.aten
 # Views that may be of all of a tensor, in order.
@@ -38,6 +39,11 @@ _PLAIN = {
     aten.sum.default, aten.sum.dim_IntList,
 }  # fmt: skip
 _DERIVATIVES = (derivative.gradient, derivative.tangent)
+_MOVES: dict[Any, Move] = {
+    **MOVES,
+    aten.index_select.default: pick,
+    aten.index.Tensor: pick,
+}
 # What they return is taken out of their argument.
 _PARTS = {
     aten.select.int, aten.slice.Tensor, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
@@ -121,7 +127,7 @@ class Raised:
         read = source.args[0] if node.target is operator.getitem else source
         if not isinstance(read, Node) or self._known(read) is None:
             return None
-        return MOVES[node.target](self.expressions, self.constants, node)
+        return _MOVES[node.target](self.expressions, self.constants, node)
 
     def _operand(self, node: Node) -> Expression:
         """``f[n, o]``: a value, none of whose rows depends on another row of the point."""
@@ -141,7 +147,7 @@ class Raised:
             if source.target in _DERIVATIVES:
                 return self._result_of(source, arguments(node)[1])
             reads = source.all_input_nodes  # of a split, whose pieces are the expressions
-        move = MOVES.get(node.target)
+        move = _MOVES.get(node.target)
         if move is None:
             return None
         explicit = [n for n in list(reads) if self._known(n) is None]
@@ -351,13 +357,6 @@ def same_as(node: Any) -> Any:
             break
         node = source
     return node
-
-
-def code_of(body: GraphModule) -> str:
-    """Return what tells a graph from others."""
-    # A constant is one of these graphs' own, whatever its name.
-    own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
-    return f"{body.code}{own}"
 
 
 def whole_operands(module: GraphModule) -> set[Node]:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from passes import derivative
 from passes.contraction.directions import NotPlanned, parts_of
+from passes.contraction.gradients import with_gradients
 from passes.contraction.lowering import Demand, Lowered, lower
 from passes.contraction.raising import Raised
 from passes.contraction.terms import Base, Expression
@@ -83,8 +84,11 @@ def _demands(node: Node, expression: Expression) -> dict[Base, Demand]:
         NotPlanned: It is not a contraction with directions.
     """
     found = {}
-    for base in dict.fromkeys(term.base for term in expression.terms):
-        terms = [term for term in expression.terms if term.base == base]
+    every = list(expression.terms)
+    if any(term.order > 1 for term in every):
+        every = [t for term in every for t in with_gradients(term, expression.dims)]
+    for base in dict.fromkeys(term.base for term in every):
+        terms = [term for term in every if term.base == base]
         parts = tuple(part for term in terms for part in parts_of(term, expression.dims))
         found[base] = Demand(value_of(node), expression.dims, parts)
     return found
@@ -97,12 +101,12 @@ def _bases(asked: Asked) -> list[Base]:
 def _worth_it(asked: Asked) -> Asked:
     """Leave out values and first derivatives of operands of which nothing higher is asked for,
     unless they are parts of sums with higher ones."""
-    high = {base for found in asked.values() for base, d in found.items() if _is_high(d)}
+    high = {base for found in asked.values() for base, d in found.items() if _is_high(base, d)}
     return {node: found for node, found in asked.items() if not high.isdisjoint(found)}
 
 
-def _is_high(demand: Demand) -> bool:
-    return any(part.order > 1 for part in demand.parts)
+def _is_high(base: Base, demand: Demand) -> bool:
+    return any(base.order + part.order > 1 for part in demand.parts)
 
 
 def _replace(module: GraphModule, asked: Asked, lowered: dict[Base, Lowered]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from passes.nest import attribute_of
+
 _numbers = itertools.count()
 
 
@@ -40,6 +42,13 @@ class Computed:
     code: str
     inputs: tuple[Any, ...]
     like: Any = field(compare=False, repr=False)
+
+
+def code_of(body: GraphModule) -> str:
+    """Return what tells a graph from others."""
+    # A constant is one of these graphs' own, whatever its name.
+    own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
+    return f"{body.code}{own}"
 
 
 def leaves_of(item: Any) -> list[Node]:

@@ -1,0 +1,62 @@
+"""Positions that a tensor of indices picks: ``E[:, idx[k]] = Σᵢ P[k, i] E[:, i]``, ``P[k, i] =
+δ(i, idx[k])``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from passes.contraction.constants import Constants
+from passes.contraction.moves import Known
+from passes.contraction.terms import Computed, Expression, Factor, Index, code_of
+from passes.graph import arguments, value_of
+from passes.tracing import fake_mode_of, trace
+
+aten = torch.ops.aten
+
+
+def pick(known: Known, constants: Constants, node: Node) -> Expression | None:
+    """``index_select``, and indexing of one dimension by one tensor of integers."""
+    source, *rest = arguments(node)
+    found = known.get(source)
+    chosen = _chosen(node, rest)
+    if found is None or chosen is None:
+        return None
+    dim, indices = chosen
+    before = found.dims[dim % len(found.dims)]
+    like = value_of(indices)
+    if before is None or not isinstance(before.size, int) or like.dim() > 1:
+        return None
+    new = tuple(Index(size) for size in like.shape)
+    factor = Factor(_picks(indices, before.size, value_of(node).dtype), (*new, before))
+    at = dim % len(found.dims)
+    dims = (*found.dims[:at], *new, *found.dims[at + 1 :])
+    return replace(found.times(1.0, factor), dims=dims)
+
+
+def _chosen(node: Node, rest: list[Any]) -> tuple[int, Node] | None:
+    """Return the dimension and the indices."""
+    if node.target is aten.index_select.default:
+        return rest[0], rest[1]
+    given = [(dim, item) for dim, item in enumerate(rest[0]) if item is not None]
+    if len(given) != 1 or value_of(given[0][1]).dtype not in (torch.int64, torch.int32):
+        return None
+    return given[0]
+
+
+def _picks(indices: Node, size: int, dtype: torch.dtype) -> Computed:
+    """Return P, shape (*indices.shape, size)."""
+
+    def picks(at: Tensor) -> tuple[Tensor]:
+        at = torch.where(at < 0, at + size, at).long().unsqueeze(-1)
+        zeros = torch.zeros((*at.shape[:-1], size), dtype=dtype, device=at.device)
+        return (zeros.scatter(-1, at, 1),)  # which refuses positions that are none
+
+    examples = [value_of(indices)]
+    body = trace(picks, examples, fake_mode_of(examples))
+    like = next(iter(body.graph.output_node().all_input_nodes))
+    return Computed(body, code_of(body), (indices,), value_of(like))
