@@ -160,9 +160,12 @@ def polarized(vectors: Sequence[Vector]) -> list[tuple[float, Direction]]:
         total: dict[Vector, float] = {}
         for vector, sign in zip(vectors, (1.0, *signs), strict=True):
             total[vector] = total.get(vector, 0.0) + sign
-        direction = frozenset((v, c) for v, c in total.items() if c)
-        if direction:
-            weight = math.prod(signs) / (2 ** (count - 1) * math.factorial(count))
+        there = sorted(((v, c) for v, c in total.items() if c), key=str)
+        if there:
+            # Dᵏ(c v) = cᵏ Dᵏ(v): one of all multiples.
+            scale = there[0][1]
+            direction = frozenset((v, c / scale) for v, c in there)
+            weight = math.prod(signs) / (2 ** (count - 1) * math.factorial(count)) * scale**count
             found[direction] = found.get(direction, 0.0) + weight
     return [(weight, direction) for direction, weight in found.items() if weight]
 

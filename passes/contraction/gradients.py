@@ -39,6 +39,8 @@ def with_gradients(term: Term, dims: Sequence[Index | None]) -> Iterator[Term]:
     if not free:
         yield term
         return
+    if term.row is None:
+        raise NotPlanned(term.base.mixing)
     if len(free) > 1:
         raise NotPlanned("a whole Hessian is used: two indices are not contracted")
     many = [index for index in term.outs if index not in term.fixed and index in dims]

@@ -97,6 +97,40 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
     return Lowered(module, inputs)
 
 
+@dataclass(frozen=True)
+class RowsApart:
+    """What `passes.contraction.rows` may take for proven of a call of a lowered graph.
+
+    Attributes:
+        inputs: Positions of the inputs that are read row by row.
+        results: For each result whether row n of it is computed from row n of these.
+        order: The highest derivative.
+    """
+
+    inputs: tuple[int, ...]
+    results: tuple[bool, ...]
+    order: int
+
+
+def rows_of(base: Base, demands: Sequence[Demand], inputs: Sequence[Node]) -> RowsApart:
+    """Return what of a lowered graph keeps rows apart: operands do."""
+    apart, others = {base.point}, {n for item in base.inputs[1:] for n in leaves_of(item)}
+    for part in [part for demand in demands for part in demand.parts]:
+        read = [(f.node, tuple(i == part.indices[0] for i in f.indices)) for f in part.factors]
+        for vector, _ in part.direction or ():
+            if vector[0] == "product":
+                read += [(node, tuple(p == "row" for p in at)) for node, at in vector[1:]]
+        for node, rows in read:
+            is_apart = isinstance(node, Node) and rows[:1] == (True,) and not any(rows[1:])
+            (apart if is_apart else others).update(leaves_of(node))
+    results = tuple(
+        all(d.dims[:1] == p.indices[:1] and p.indices[0] not in p.fixed for p in d.parts)
+        for d in demands
+    )
+    order = base.order + max(part.order for demand in demands for part in demand.parts)
+    return RowsApart(tuple(k for k, n in enumerate(inputs) if n in apart - others), results, order)
+
+
 def computed(item: Any, given: Mapping[Any, Any]) -> Any:
     """Return the value of a node, of what is computed from nodes, or of a constant."""
     if isinstance(item, Computed):

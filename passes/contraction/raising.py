@@ -8,9 +8,9 @@ only move indices.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ _PARTS = {
 }  # fmt: skip
 
 
+Flatten: TypeAlias = Callable[[GraphModule, dict[Node, Tensor]], GraphModule]
+
+
 class Raised:
     """The nodes of a graph that are linear in derivatives, as expressions.
 
@@ -60,10 +63,12 @@ class Raised:
         known: Inputs of the graph that are constants, and their values.
         point: In a body, the input that it is differentiated at: what keeps its rows apart, and
             holds no derivative, is an operand too.
-
         mixing: In a body, why its rows mix; its result is then the only operand, and a whole.
         one_by_one: Let a value computed from derivatives be a factor of others: they are computed
             one after another, not together.
+        flatten: Returns a body with the derivatives inside it computed by plain operators, given
+            its inputs that are constants. Then a body that holds second derivatives, or what is not
+            linear in derivatives, is an operand as a whole.
 
     Attributes:
         expressions: Node → what it is.
@@ -78,8 +83,10 @@ class Raised:
         *,
         mixing: str = "",
         one_by_one: bool = False,
+        flatten: Flatten | None = None,
     ) -> None:
         self.module, self.point, self.mixing = module, point, mixing
+        self.flatten = flatten
         self.constants = Constants(module.graph, known)
         self.expressions: dict[Node, Expression] = {}
         self.refusals: dict[Node, str] = {}
@@ -133,10 +140,13 @@ class Raised:
         """``f[n, o]``: a value, none of whose rows depends on another row of the point."""
         assert self.point is not None
         inputs = placeholders(self.module.graph)
-        first = [self.point, *(n for n in inputs if n is not self.point)]
+        read = needs([node])
+        first = [self.point, *(n for n in inputs if n is not self.point and n in read)]
         body = up_to(self.module, first, node)
         dims = tuple(Index(size) for size in value_of(node).shape)
-        base = Base(body, code_of(body), tuple(first), mixing=self.mixing)
+        inner = [n.meta["rows"].order for n in body.graph.nodes if "rows" in n.meta]
+        order = max(inner, default=0)
+        base = Base(body, code_of(body), tuple(first), order, mixing=self.mixing)
         row, outs = (None, dims) if self.mixing else (dims[0], dims[1:])
         return Expression((Term(base, row, outs, ()),), dims)
 
@@ -198,8 +208,7 @@ class Raised:
             # The body with the derivatives inside it, which forward mode takes apart.
             body = node.meta.get("whole") or body_of(self.module, node)
             forward = node.target is derivative.tangent
-            outside = dict(zip(placeholders(body.graph), inputs, strict=False))
-            expression = self._of_body(body, outside, max(position - 1, 0))
+            expression = self._of_body(body, inputs, max(position - 1, 0))
             if position > 0:
                 return expression
             if forward:
@@ -209,22 +218,45 @@ class Raised:
             self.refusals[node] = str(reason)
             return None
 
-    def _of_body(self, body: GraphModule, outside: dict[Node, Any], position: int) -> Expression:
+    def _of_body(self, body: GraphModule, inputs: Sequence[Any], position: int) -> Expression:
         """Return a result of a body, in terms of what is given for its inputs.
 
         Raises:
             RowsMix: It is not linear in operands whose rows are apart.
         """
-        point = placeholders(body.graph)[0]
         if any(is_random(node) for node in body.graph.nodes):
             raise RowsMix("a random draw inside")
-        constants = self.constants.inside(outside)
+        inside = placeholders(body.graph)
+        outside = dict(zip(inside, inputs, strict=False))
+        known = self.constants.inside(outside)
+        may_be_flat = self.flatten is not None and bool(sites(body))
         try:
-            expression = Raised(body, constants, point).result(position)
+            found = self._linear_result(body, known, outside, position)
+            if not may_be_flat or all(term.order < 2 for term in found.terms):
+                return found
+        except RowsMix:
+            if not may_be_flat:
+                raise
+        assert self.flatten is not None
+        flat = self.flatten(body, known)
+        new = dict(zip(inside, placeholders(flat.graph), strict=True))
+        given = {new[node]: outer for node, outer in outside.items()}
+        return self._linear_result(flat, {new[n]: v for n, v in known.items()}, given, position)
+
+    def _linear_result(
+        self,
+        body: GraphModule,
+        known: dict[Node, Tensor],
+        outside: dict[Node, Any],
+        position: int,
+    ) -> Expression:
+        point = placeholders(body.graph)[0]
+        try:
+            expression = Raised(body, known, point, flatten=self.flatten).result(position)
         except RowsMix as reason:
             if sites(body) or derivative.holds_user_function(body):
                 raise
-            expression = Raised(body, constants, point, mixing=str(reason)).result(position)
+            expression = Raised(body, known, point, mixing=str(reason)).result(position)
         moving = _moving([point])
 
         def seen_outside(item: Any) -> Any:

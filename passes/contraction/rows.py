@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from passes.custom_rules import CUSTOM
+from passes.derivative import taylor
 from passes.graph import is_equal, reaches, value_of, where
 from passes.markers import stop
 from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
@@ -64,6 +66,14 @@ class Rows:
             if not all(n in self.kept for n in node.all_input_nodes if n in moving):
                 continue
             value = value_of(node)
+            if node.target is taylor:
+                _, *inputs = node.args
+                apart = {inputs[at] for at in node.meta["rows"].inputs}
+                if all(n in apart for n in node.all_input_nodes if n in moving):
+                    self.kept.add(node)
+                else:
+                    self.reasons[node] = "rows mix in an inner derivative"
+                continue
             whole = isinstance(value, Tensor) and value.dim() > 0
             if (
                 whole
@@ -83,6 +93,8 @@ def _keeps_rows(node: Node, moving: set[Node]) -> bool:
     if target in CUSTOM:
         reads = [arg for i, arg in enumerate(args) if i not in CUSTOM[target].rows]
         return not any(n in moving for n in _nodes_in((reads, node.kwargs)))
+    if target is operator.getitem and args[0].target is taylor:
+        return args[0].meta["rows"].results[args[1]]
     if target in POINTWISE:
         rank = value_of(node).dim()
         reads = [n for n in node.all_input_nodes if n in moving]

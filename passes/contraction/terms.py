@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from passes.nest import attribute_of
 
@@ -45,10 +46,24 @@ class Computed:
 
 
 def code_of(body: GraphModule) -> str:
-    """Return what tells a graph from others."""
-    # A constant is one of these graphs' own, whatever its name.
-    own = [id(attribute_of(body, str(n.target))) for n in body.graph.find_nodes(op="get_attr")]
-    return f"{body.code}{own}"
+    """Return what tells a graph from others, whatever the names in it."""
+    numbers = {node: number for number, node in enumerate(body.graph.nodes)}
+    lines = []
+    for node in body.graph.nodes:
+        target = "" if node.op == "placeholder" else str(node.target)
+        if node.op == "get_attr":
+            value = attribute_of(body, target)
+            target = code_of(value) if isinstance(value, GraphModule) else str(id(value))
+        read = map_arg((node.args, node.kwargs), lambda n: _Number(numbers[n]))
+        lines.append(f"{node.op} {target} {read if node.op != 'placeholder' else ''}")
+    return "\n".join(lines)
+
+
+class _Number(int):
+    """A node, as its place in a graph."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
 
 
 def leaves_of(item: Any) -> list[Node]:
@@ -165,6 +180,12 @@ class Expression:
 
     terms: tuple[Term, ...]
     dims: tuple[Index | None, ...]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the first dimension is the operands' rows."""
+        row = self.dims[0] if self.dims else None
+        return row is not None and all(term.row == row for term in self.terms)
 
     def with_terms(self, terms: Sequence[Term | None]) -> Expression:
         """Return an expression of the same dimensions; terms that are zero are left out."""

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.traceback import set_current_meta
 from torch.utils import _pytree as pytree
 
+from passes.derivative import taylor
 from passes.graph import results
 from passes.markers import stop
 from passes.taylor.jets import Jets, Series
@@ -63,6 +64,14 @@ def push_series(
                 continue
             if any(moved[n] is not None for n in _nodes_in(node.kwargs)):
                 raise NoSeries(f"{node.target}: a keyword argument moves")
+            if node.target is taylor:
+                part, *inner = node.args
+                along = [moved.get(n) if isinstance(n, Node) else None for n in inner]
+                read = [value[n] if isinstance(n, Node) else n for n in inner]
+                _, found = push_series(value[part], jets, read, along)
+                terms = zip(*(series.terms for series in found), strict=True)
+                moved[node] = Series(tuple(terms))
+                continue
             along = pytree.tree_map(
                 lambda item: moved[item] if isinstance(item, Node) else None, node.args
             )
