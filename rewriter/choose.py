@@ -214,11 +214,11 @@ def _asked(found: Sequence[Site], options: Options) -> dict[str, str]:
 
 
 def _refusals(forms: Forms, tried: Sequence[Form]) -> dict[tuple[str, str], str]:
-    """Return what was refused and is in no form; that a first derivative is no second one needs no
-    word."""
+    """Return what was refused and is in no form; that a first derivative is no second one, and that
+    a gradient is no Jacobian, needs no word."""
     took = {item for form in tried for item in form.candidate.strategies.items()}
     took |= {(site.name, TAYLOR) for site in forms.sites if site.order == 1}
-    took |= {(site.name, CONTRACTION) for site in forms.sites if site.order > 1}
+    took |= {(site.name, CONTRACTION) for site in forms.sites if "jacobian" not in site.operator}
     found = {key: reason for key, reason in forms.refusals.items() if key not in took}
     return dict(sorted(found.items(), key=lambda item: NAMES.index(item[0][1])))
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from passes import derivative
 from passes.contraction.constants import Constants, is_identity
 from passes.contraction.raising import Raised
-from passes.graph import are_equal, arguments, value_of
+from passes.graph import are_equal, arguments, drop_dead, value_of
 from passes.nest import sites
 from passes.simplify.emit import call
 
@@ -60,8 +60,9 @@ def unflatten(module: GraphModule) -> int:
         if known.shape[0] != math.prod(shape) or not is_identity(known, 1):
             continue
         with module.graph.inserting_before(node):
+            shapes = [*shape, *shape]
             inputs[-1] = call(
-                module.graph, aten.reshape.default, (inputs[-1], [*shape, *shape]), {}, node
+                module.graph, aten.reshape.default, (inputs[-1], shapes), {}, inputs[-1]
             )
         before = value_of(node)[0]
         after = before.reshape(*shape, *before.shape[1:])
@@ -77,6 +78,7 @@ def unflatten(module: GraphModule) -> int:
             rest = [[at] for at in range(len(shape), after.dim())]
             _regroup(flat, item, [[*range(len(shape))], *rest])
         changed += 1
+    drop_dead(module.graph)
     return changed
 
 

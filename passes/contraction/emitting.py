@@ -15,13 +15,15 @@ from passes.contraction.directions import NotPlanned
 from passes.contraction.first_order import Held, Planned, Push
 from passes.contraction.terms import Computed, Factor, Index, Term
 from passes.graph import placeholders, results, value_of
-from passes.nest import Site
+from passes.nest import Site, without_derivatives
 from passes.origin import note
 from passes.tangent_rules import NoRule
 from passes.tracing import fake_mode_of, trace
 
 # Operands of one product have letters for indices.
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# PyTorch's derivatives of them at a kink are another one in each mode.
+_AMBIGUOUS = {torch.ops.aten._prelu_kernel.default}
 
 
 class Emitter:
@@ -130,6 +132,9 @@ class Emitter:
     def _derivative(self, push: Push) -> Node:
         base, like = push.base, self._like
         assert like is not None
+        for node in base.body.graph.nodes:
+            if node.target in _AMBIGUOUS:
+                raise NotPlanned(f"{node.target}: its forward and reverse mode differ at a kink")
         inputs = [self._now(item) for item in base.inputs]
         target = derivative.tangent if push.forward else derivative.gradient
         through = value_of(base.point if push.forward else results(base.body.graph)[0])
@@ -137,16 +142,11 @@ class Emitter:
             lambda point, *tensors: _vectors(push, through, point, tensors),
             [inputs[0], *(self._now(factor.node) for factor in push.factors)],
         )
-        name = _unused(self.module, "contracted")
-        self.module.register_module(name, base.body)
         arguments = (1, 1, int(bool(push.enumerated)), *inputs, vectors)
+        body, found = _tried(target, base.body, arguments)
+        name = _unused(self.module, "contracted")
+        self.module.register_module(name, body)
         node = self.graph.call_function(target, (self.graph.get_attr(name), *arguments))
-        examples = [_example(item) for item in arguments]
-        with fake_mode_of(examples):
-            try:
-                found = target(base.body, *examples)
-            except NoRule as reason:
-                raise NotPlanned(f"no forward-mode rule for {reason}") from reason
         site: Site = like.meta["site"]
         kept = {
             key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta
@@ -156,7 +156,7 @@ class Emitter:
             "val": tuple(x.detach() for x in found),
             "site": site,
             "draws": False,
-            "whole": base.body,
+            "whole": body,
         }
         role = "tangent" if push.forward else "cotangent"
         note(node, site=site.name, stage="choose", role=role, source=f"{name}.{node.name}")
@@ -207,6 +207,26 @@ class Emitter:
         node.meta.setdefault("stack_trace", like.meta.get("stack_trace"))
         site = like.meta["site"].name
         note(node, site=site, stage="choose", role="tangent", source=f"contraction.{node.name}")
+
+
+def _tried(
+    target: Any, body: GraphModule, arguments: tuple[Any, ...]
+) -> tuple[GraphModule, Sequence[Tensor]]:
+    """Return a body that a derivative can be taken of, and an example of what it gives.
+
+    Raises:
+        NotPlanned: An operator has no rule.
+    """
+    examples = [_example(item) for item in arguments]
+    # Some whole operators have no rule for a batch of tangents; what they are made of may have.
+    for attempt in (lambda: body, lambda: without_derivatives(body)):
+        tried = attempt()
+        try:
+            with fake_mode_of(examples):
+                return tried, target(tried, *examples)
+        except NoRule as reason:
+            missing = str(reason)
+    raise NotPlanned(f"no forward-mode rule for {missing}")
 
 
 def _example(item: Any) -> Any:

@@ -140,7 +140,7 @@ def cost(expression: Expression) -> float:
     joined, held = together(expression)
     terms = [term for term in joined.terms if term.order]
     # A constant that is no node yet.
-    terms += [term.times(1.0, Factor(part, part.indices)) for part, term in held if term.order]
+    terms += [term.times(1.0, Factor(part.key, part.indices)) for part, term in held if term.order]
     return total(best((term, expression.dims) for term in terms))
 
 
@@ -191,6 +191,11 @@ class Held:
     def number(self) -> float:
         """Its value, if it has no indices."""
         return self.elements.get((), 0.0)
+
+    @property
+    def key(self) -> Any:
+        """What two constants have in common that are the same."""
+        return tuple(sorted(self.elements.items()))
 
     def simple(self, term: Term, dims: Sequence[Index | None]) -> tuple[Held, Term]:
         """Take out of it what is an identity, or the same everywhere, as a factor of a term."""

@@ -101,7 +101,7 @@ def _asked(
     """Return the contractions of first derivatives that are used other than linearly, in the order
     of the graph."""
     known = raised.expressions
-    factors: set[Node] = set()
+    factors: set[Node | Computed] = set()
     found: dict[Node, _Asked] = {}
     for node in reversed(list(raised.module.graph.nodes)):
         if node not in known or not is_of_first_order(known[node]):

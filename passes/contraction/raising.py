@@ -7,6 +7,7 @@ only move indices.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -195,9 +196,14 @@ class Raised:
     def _product_of(self, node: Node, move: Move) -> Expression | None:
         """Return a product of two expressions as the dearer one's, the other being a factor, where
         that spares the dearer one."""
-        one = max(node.all_input_nodes, key=lambda n: cost(self.expressions[n]))
+        costs = {n: cost(self.expressions[n]) for n in node.all_input_nodes}
+        derivatives = [n for n in costs if costs[n] < math.inf]
+        if not derivatives:
+            return None
+        one = max(derivatives, key=costs.__getitem__)
         found = move({one: self.expressions[one]}, self.constants, node)
-        return found if found and cost(found) < cost(self.expressions[one]) else None
+        is_cheaper = found is not None and cost(found) < costs[one]
+        return found if is_cheaper or len(derivatives) < len(costs) else None
 
     def _result_of(self, node: Node, position: int) -> Expression | None:
         """Return the derivative that a node computes, or the value of what is differentiated."""

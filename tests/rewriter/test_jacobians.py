@@ -133,7 +133,7 @@ def diagonal_blocks(J: Tensor, v: Tensor) -> Tensor:
 
 
 def block_products(J: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("nomi,mi->no", J, v).square().sum()
+    return torch.einsum("noni,ni->no", J, v).square().sum()
 
 
 def contracted(full: Full, use: Use) -> Callable[..., Tensor]:
@@ -203,10 +203,119 @@ def test_products_of_blocks() -> None:
     assert largest(report) < ROWS * DIM * DIM
 
 
-def divergence_by_columns(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+def divergence(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    """As normalizing flows write it."""
     x = x.detach().requires_grad_()
     u = net(x)
     total = torch.zeros_like(u[:, 0])
     for d in range(DIM):
         total = total + torch.autograd.grad(u[:, d].sum(), x, create_graph=True)[0][:, d]
-    return (total * v[:, 0]).square().sum()
+    return (total * v[:, 0]).square().sum() + u.square().sum()
+
+
+def exact_trace(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    return trace(reverse(net, x), v)
+
+
+@pytest.mark.parametrize("loss", [divergence, exact_trace])
+def test_traces(loss: Callable[..., Tensor]) -> None:
+    """A vector for each diagonal element."""
+    net, x, v = network(), random(ROWS, DIM), random(ROWS, DIM)
+    with FlopCounter() as counter, torch.no_grad():
+        net(x)
+    flops = check(loss, [net], x, v).explain(net, x, v).flops
+    assert flops <= (3 * DIM + 3) * counter.flops
+
+
+class Centred(nn.Module):
+    """Less the mean over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("layer", [Centred(), nn.BatchNorm1d(HIDDEN)], ids=["mean", "batch norm"])
+def test_rows_that_mix(layer: nn.Module) -> None:
+    """The blocks off the diagonal are not zero: the Jacobian stays as it is, and says why."""
+    net, x = network(4, 3, layer), random(ROWS, 4)
+    _, report, _ = checked(batch_functional, squares, net, x, x)
+    (site,) = report.sites
+    assert site.strategy == "reverse"
+    (reason,) = [c.reason for c in site.candidates if c.strategy == "contraction"]
+    operator = "mean.dim" if isinstance(layer, Centred) else "var_mean.correction"
+    assert f"rows mix at aten::{operator}" in reason
+    # The smaller side of all rows at once.
+    _, report, flops = checked(batch_functional, squares, network(3, 4, layer), x[:, :3], x)
+    assert report.sites[0].strategy == "contraction"
+    assert flops <= 3 * ROWS * 3 + 3.5
+
+
+def test_products_with_rows_that_mix() -> None:
+    """A tangent needs no rows that are apart."""
+    net, x, v = network(DIM, DIM, Centred()), random(ROWS, DIM), random(ROWS, DIM)
+
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        J = batch_reverse(net, x)
+        return (J * v[:, :, None, None] * v.cos()).sum((0, 1)).sum().square()
+
+    report = check(loss, [net], x, v).explain(net, x, v)
+    assert {site.strategy for site in report.sites} == {"contraction"}
+    assert largest(report) < (ROWS * DIM) ** 2
+
+
+def test_open_sizes() -> None:
+    net, v = network(), random(ROWS, DIM)
+    for use in (vjv, normal):
+        decorated = check(contracted(reverse, use), [net], v, v, dynamic=True)
+        report = decorated.explain(net, v, v)
+        assert {site.strategy for site in report.sites} == {"contraction"}
+
+
+def test_inside_of_a_gradient() -> None:
+    """The score of an energy that holds ``vᵀJv``."""
+
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        J = torch.stack(
+            [torch.autograd.grad(net(x)[:, k].sum(), x, create_graph=True)[0] for k in range(2)], 1
+        )
+        energy = (v[:, None, :2] @ J @ v[..., None]).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().sum()
+
+    check(loss, [network(DIM, 2)], random(ROWS, DIM), random(ROWS, DIM))
+
+
+def test_value_beside() -> None:
+    """The value is used in the product's sum, and by itself."""
+
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        J = reverse(net, x)
+        return ((J @ v[..., None])[..., 0] + net(x)).square().sum() + J.pow(2).sum() + net(x).sum()
+
+    net, x = network(3, DIM), random(ROWS, 3)
+    report = check(loss, [net], x, x).explain(net, x, x)
+    assert {site.strategy for site in report.sites} == {"contraction"}
+
+
+def test_of_one_point() -> None:
+    """No batch: there are no rows, and none are needed."""
+
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        J = torch.autograd.functional.jacobian(net, x, create_graph=True)
+        K = jacfwd(of(net))(v)
+        return (J @ v).square().sum() + (v @ K @ x).square()
+
+    net, x, v = network(), random(DIM), random(1, DIM)[0]
+    report = check(loss, [net], x, v).explain(net, x, v)
+    assert {site.strategy for site in report.sites} == {"contraction"}
+    assert largest(report) <= HIDDEN * HIDDEN
+
+
+def test_as_cheap_as_it_can_be() -> None:
+    """A Jacobian that is used as a whole, over its smaller side already."""
+    net, x = network(DIM, 3), random(ROWS, DIM)
+    _, report, _ = checked(reverse, squares, net, x, x)
+    (site,) = report.sites
+    assert site.strategy == "reverse"
+    reasons = {c.strategy: c.reason for c in site.candidates}
+    assert "as few vectors" in reasons["contraction"]
