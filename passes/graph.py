@@ -205,3 +205,11 @@ def finish(module: GraphModule) -> GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+def attribute_of(module: torch.nn.Module, target: str) -> Any:
+    """Return what a ``get_attr`` node names."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from passes import derivative
 from passes.graph import (
     arguments,
+    attribute_of,
     drop_dead,
     finish,
     is_float,
@@ -352,14 +353,6 @@ def _body(
     result = GraphModule(root, body)
     dissolve_marks(result)
     return finish(result), captured
-
-
-def attribute_of(module: torch.nn.Module, target: str) -> Any:
-    """Return what a ``get_attr`` node names."""
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _replace_with_zeros(graph: Graph, mark: Node, indices: list[int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from passes.nest import attribute_of
+from passes.graph import attribute_of
 
 _numbers = itertools.count()
 
