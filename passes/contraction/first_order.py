@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from passes.contraction.terms import Base, Expression, Factor, Index, Term
@@ -185,7 +185,7 @@ class Held:
     """
 
     indices: tuple[Index, ...]
-    elements: Mapping[tuple[int, ...], float]
+    elements: Mapping[tuple[int, ...], float] = field(hash=False)
 
     @property
     def number(self) -> float:

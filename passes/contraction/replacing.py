@@ -23,6 +23,7 @@ from passes.nest import all_sites, sites
 from passes.order import sort_nodes
 from passes.origin import mark_of, note_new, note_site
 from passes.price import evaluated, price, size_hints
+from passes.simplify import simplify
 from passes.taylor import NoSeries
 
 aten = torch.ops.aten
@@ -60,7 +61,9 @@ class Plan:
     @property
     def flops(self) -> int:
         """What it costs at the sizes at hand."""
-        modules = [part.module for part in self.lowered.values()]
+        modules = [copy_graph(part.module) for part in self.lowered.values()]
+        for module in modules:
+            simplify(module)
         return sum(evaluated(price(m).flops, size_hints(m)) for m in modules)
 
 

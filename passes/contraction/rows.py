@@ -115,7 +115,8 @@ def _keeps_rows(node: Node, moving: set[Node]) -> bool:
     if target is aten.squeeze.dims:
         return all(d % value_of(args[0]).dim() != 0 for d in args[1])
     if target is aten.slice.Tensor:
-        return len(args) > 1 and args[1] % value_of(args[0]).dim() != 0
+        rank = value_of(args[0]).dim()
+        return (len(args) > 1 and args[1] % rank != 0) or _same_rows(args[0], node)
     if target is aten.cat.default:
         dim = args[1] if len(args) > 1 else 0
         return dim % value_of(node).dim() != 0
