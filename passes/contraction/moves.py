@@ -60,10 +60,10 @@ def _slice(known: Known, constants: Constants, node: Node) -> Expression | None:
         return None
     dim %= len(found.dims)
     before, after = _size(node.args[0], dim), _size(node, dim)
+    if is_equal(before, after):
+        return found
     if not isinstance(before, int) or not isinstance(after, int):
         return None
-    if before == after:
-        return found
     start = 0 if start is None else start + before if start < 0 else start
     return found.at(dim, start) if after == 1 else None
 

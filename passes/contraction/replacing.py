@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -119,9 +119,9 @@ def plan(
     expressions = raised.expressions
     if first:
         expressions = {n: found for n, found in expressions.items() if found.has_rows}
-    for node, expression in expressions.items():
-        below = _sites_below(module, node)
-        if all(user in expressions for user in node.users) or not all(map(may, below)):
+    for node in _used_otherwise(expressions):
+        expression, below = expressions[node], _sites_below(module, node)
+        if not all(map(may, below)):
             continue
         try:
             asked[node] = _demands(node, expression, first)
@@ -143,6 +143,21 @@ def plan(
                 break
     covered = frozenset(name for node in asked for name in _sites_below(module, node))
     return Plan(asked, lowered, reasons, covered)
+
+
+def _used_otherwise(expressions: Mapping[Node, Expression]) -> list[Node]:
+    """Return the nodes that are used by what is no expression, in the graph's order; in place of a
+    stack its parts, which may have more in common."""
+    waiting = [n for n in expressions if not all(user in expressions for user in n.users)]
+    found: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        parts = [read for read in node.all_input_nodes if read in expressions]
+        if parts and expressions[node].is_stacked:
+            waiting += parts
+        else:
+            found.add(node)
+    return [node for node in expressions if node in found]
 
 
 class Flattening:

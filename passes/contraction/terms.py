@@ -182,6 +182,11 @@ class Expression:
     dims: tuple[Index | None, ...]
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether a term is at one position of a dimension."""
+        return any(dim in term.fixed for term in self.terms for dim in self.dims)
+
+    @property
     def has_rows(self) -> bool:
         """Whether the first dimension is the operands' rows."""
         row = self.dims[0] if self.dims else None

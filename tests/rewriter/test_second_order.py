@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
 from torch.func import functional_call, hessian, jacrev, vmap
+from torch.fx import Graph
 
 from passes.graph import value_of
 from rewriter import OptimizedLoss
