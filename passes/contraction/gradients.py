@@ -33,14 +33,14 @@ def with_gradients(term: Term, dims: Sequence[Index | None]) -> Iterator[Term]:
     """Return a sum that a term is, none of which has a slot that is used whole.
 
     Raises:
-        NotPlanned: Two slots are, or a slot in some dimensions only.
+        NotPlanned: Two slots are, or a slot in some dimensions only; or rows mix.
     """
+    if term.row is None:
+        raise NotPlanned(term.base.mixing)
     free = [place for place, slot in enumerate(term.slots) if _is_free(term, slot, dims)]
     if not free:
         yield term
         return
-    if term.row is None:
-        raise NotPlanned(term.base.mixing)
     if len(free) > 1:
         raise NotPlanned("a whole Hessian is used: two indices are not contracted")
     many = [index for index in term.outs if index not in term.fixed and index in dims]
