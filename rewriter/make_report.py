@@ -11,7 +11,7 @@ from passes.graph import describe, placeholders, value_of
 from passes.nest import Site
 from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
-from passes.strategies import NAMES
+from passes.strategies import CONTRACTION, NAMES
 from rewriter.choose import Choice
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate
 from rewriter.report import Considered, Report, SiteReport
@@ -162,7 +162,7 @@ def _considered(choice: Choice, name: str) -> list[Considered]:
         else:
             found[strategy] = Considered(strategy, True, _compared(best, taken), best)
     for least in _not_traced(choice, name):
-        for strategy in NAMES:
+        for strategy in (s for s in NAMES if s != CONTRACTION):  # it is not bounded
             found.setdefault(
                 strategy, Considered(strategy, True, f"not traced: at least {least} FLOPs here")
             )

@@ -31,13 +31,11 @@ class Emitter:
 
     Attributes:
         replaced: Nodes of the graph, and tensors to be computed → the nodes that stand for them.
-        made: The derivative nodes that were added.
     """
 
     def __init__(self, module: GraphModule) -> None:
         self.module, self.graph = module, module.graph
         self.replaced: dict[Any, Node] = {}
-        self.made: list[Node] = []
         self._pushed: dict[Any, Node] = {}
         self._like: Node | None = None
 
@@ -160,7 +158,6 @@ class Emitter:
         }
         role = "tangent" if push.forward else "cotangent"
         note(node, site=site.name, stage="choose", role=role, source=f"{name}.{node.name}")
-        self.made.append(node)
         return node
 
     def _unfolded(self, node: Node, push: Push) -> Node:
@@ -286,9 +283,10 @@ def _vectors(push: Push, through: Tensor, point: Tensor, tensors: Sequence[Tenso
         total = total * eye.reshape(
             [_known(index.size) if d in at else 1 for d in range(len(order))]
         )
-    known = list(point.shape) if push.forward else [_known(size) for size in through.shape]
-    if not push.forward and push.row is not None:
-        known[0] = point.shape[0]
+    known = list(point.shape)
+    if not push.forward:
+        row_size = [] if push.row is None else known[:1]
+        known = [*row_size, *map(_known, through.shape[len(row_size) :])]
     n = len(push.enumerated)
     total = total.expand(*total.shape[:n], *known)
     return total.reshape(-1, *known) if n > 1 else total

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes import derivative
 from passes.contraction.blocks import sum_blocks_only, unflatten
 from passes.contraction.directions import NotPlanned
 from passes.contraction.emitting import Emitter
@@ -88,10 +87,7 @@ def contract_jacobians(
     sort_nodes(module.graph)
     drop_dead(module.graph)
     module.recompile()
-    left = {name for node, name in before.items() if _is_used(module, node)}
-    made = {node.meta["site"].name for node in emitter.made if node in set(module.graph.nodes)}
-    changed = {before[n] for node in plans for n in asked[node].below if node in emitter.replaced}
-    gone = (changed - left) if made else set()
+    gone = {before[n] for node in plans if node in emitter.replaced for n in asked[node].below}
     return gone, {name: why for name, why in reasons.items() if name not in gone}
 
 
@@ -210,12 +206,3 @@ def _pushed(node: Node) -> int:
     """Return how many vectors a derivative node pushes."""
     _, _, _, n_batch, *inputs = arguments(node)
     return math.prod(map(hint, value_of(inputs[-1]).shape[:n_batch]))
-
-
-def _is_used(module: GraphModule, node: Node) -> bool:
-    """Whether a derivative, and not only the values beside it, is used."""
-    if node not in set(module.graph.nodes):
-        return False
-    _, n_points, n_outputs, *_ = arguments(node)
-    n = n_points if node.target is derivative.gradient else n_outputs
-    return any(user.args[1] < n for user in node.users)  # pyright: ignore[reportOperatorIssue]
