@@ -12,7 +12,7 @@ from passes.nest import all_sites, sites
 NAME = "contraction"
 
 
-def contract_first(
+def contract(
     module: GraphModule, names: Collection[str], refusals: MutableMapping[tuple[str, str], str]
 ) -> dict[str, str]:
     """Compute contractions of first derivatives by as few tangents and cotangents as can be, in

@@ -50,7 +50,7 @@ def put_in_form(
     first = {name for name, strategy in wish.items() if strategy == contraction.NAME}
     higher = {name for name, strategy in wish.items() if strategy == taylor.NAME}
     if first:
-        contracted = contraction.contract_first(module, first, refusals)
+        contracted = contraction.contract(module, first, refusals)
     if higher:
         found = taylor.contract(module, higher, refusals)
     if found or contracted:
