@@ -27,15 +27,34 @@ def pick(known: Known, constants: Constants, node: Node) -> Expression | None:
     if found is None or chosen is None:
         return None
     dim, indices = chosen
-    before = found.dims[dim % len(found.dims)]
-    like = value_of(indices)
-    if before is None or not isinstance(before.size, int) or like.dim() > 1:
-        return None
-    new = tuple(Index(size) for size in like.shape)
-    factor = Factor(_picks(indices, before.size, value_of(node).dtype), (*new, before))
     at = dim % len(found.dims)
-    dims = (*found.dims[:at], *new, *found.dims[at + 1 :])
-    return replace(found.times(1.0, factor), dims=dims)
+    before, rank = found.dims[at], value_of(indices).dim()
+    if before is None or not isinstance(before.size, int) or rank > 1:
+        return None
+    every, position = _part_of(indices)
+    index = Index(value_of(every).shape[0]) if value_of(every).dim() else None
+    own = () if index is None else (index,)
+    factor = Factor(_picks(every, before.size, value_of(node).dtype), (*own, before))
+    found = found.times(1.0, factor)
+    if index is not None and position is not None:
+        found = found.with_terms([term.at(index, position) for term in found.terms])
+        own = (None,)
+    return replace(found, dims=(*found.dims[:at], *own[:rank], *found.dims[at + 1 :]))
+
+
+def _part_of(indices: Node) -> tuple[Node, int | None]:
+    """Return the tensor of which indices are one position, and this; the indices themselves if they
+    are several: a direction is the same one, however its position was taken."""
+    source: Any = indices.args[0] if indices.args else None
+    alone = tuple(value_of(indices).shape) == (1,)
+    size = value_of(source).shape if isinstance(source, Node) else ()
+    if len(size) == 1 and isinstance(size[0], int):
+        if indices.target is aten.select.int:
+            return source, arguments(indices)[2] % size[0]
+        if indices.target is aten.slice.Tensor and alone:
+            start = arguments(indices)[2] if len(indices.args) > 2 else None
+            return source, (start or 0) % size[0]
+    return indices, 0 if alone else None
 
 
 def _chosen(node: Node, rest: list[Any]) -> tuple[int, Node] | None:

@@ -161,7 +161,18 @@ def picked(net: nn.Module, x: Tensor, dims: Tensor) -> Tensor:
     return torch.stack(parts).sum(0).square().mean()
 
 
-@pytest.mark.parametrize(("loss", "dims"), [(sampled, []), (picked, [[3, 17, -1]])])
+def picked_one_by_one(net: nn.Module, x: Tensor, dims: Tensor) -> Tensor:
+    """A position of the indices is the same one, whether it is selected or sliced."""
+    g, total = grad(net(x), x)[:, dims], torch.zeros_like(x[:, 0])
+    for k in range(len(dims)):
+        total = total + grad(g[:, k], x)[:, dims[k : k + 1]].sum(1)
+    return total.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "dims"),
+    [(sampled, []), (picked, [[3, 17, -1]]), (picked_one_by_one, [[3, 17, 4]])],
+)
 def test_sampled_dimensions(loss: Callable[..., Tensor], dims: list[list[int]]) -> None:
     """Directions are repeated for each row after the first layer, not before: ``2 + S`` vectors
     behind it, and one before."""
