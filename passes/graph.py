@@ -41,6 +41,13 @@ def hint(size: Any) -> Any:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
+def has_hints(node: Node) -> bool:
+    """Whether a tensor's sizes were numbers when it was captured; that of what a mask picks was
+    none."""
+    sizes = getattr(value_of(node), "shape", ())
+    return all(isinstance(size, int) or size.node.has_hint() for size in sizes)
+
+
 def is_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are proven equal (a comparison of symbols must not become a guard)."""
     left, right = (getattr(getattr(s, "node", None), "expr", s) for s in (a, b))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from passes.contraction.constants import Constants
@@ -155,9 +156,9 @@ def _scaled(known: Known, constants: Constants, node: Node) -> Expression | None
 def _times(found: Expression, factor: Node, node: Node) -> Expression | None:
     rank = value_of(node).dim()
     dims = (*[None] * (rank - len(found.dims)), *found.dims)
-    sizes = value_of(factor).shape
-    if len(sizes) > rank:
+    if not isinstance(value_of(factor), Tensor) or value_of(factor).dim() > rank:
         return None
+    sizes = value_of(factor).shape
     indices: list[Index | None] = []
     result = list(dims)
     for offset, size in enumerate(sizes):

@@ -24,7 +24,17 @@ from passes.contraction.moves import MOVES, Move
 from passes.contraction.picking import pick
 from passes.contraction.rows import Rows, RowsMix
 from passes.contraction.terms import Base, Computed, Expression, Factor, Index, Term, code_of
-from passes.graph import arguments, is_random, needs, placeholders, reaches, results, value_of
+from passes.graph import (
+    arguments,
+    has_hints,
+    is_equal,
+    is_random,
+    needs,
+    placeholders,
+    reaches,
+    results,
+    value_of,
+)
 from passes.nest import body_of, sites
 
 aten = torch.ops.aten
@@ -118,9 +128,8 @@ class Raised:
         raise RowsMix(reasons[0] if reasons else "an inner derivative is not used linearly")
 
     def _is_operand(self, node: Node) -> bool:
-        if self.mixing:
-            return node in self._whole
-        return self._rows is not None and node in self._rows.kept
+        whole = self._whole if self.mixing else self._rows.kept if self._rows else ()
+        return node in whole and has_hints(node)
 
     def _known(self, node: Node) -> Expression | None:
         if node not in self.expressions and self._is_operand(node):
@@ -211,6 +220,8 @@ class Raised:
         try:
             if n_points != 1 or n_outputs != 1:
                 raise RowsMix("a derivative at several points, or of several outputs")
+            if any(is_equal(size, 0) for size in value_of(inputs[0]).shape):
+                raise RowsMix("a derivative at no points")
             # The body with the derivatives inside it, which forward mode takes apart.
             body = node.meta.get("whole") or body_of(self.module, node)
             forward = node.target is derivative.tangent

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import arguments, elements, value_of
+from passes.graph import arguments, elements, has_hints, value_of
 from passes.simplify.factors.lowering import Lowering, work
 from passes.simplify.factors.moves import AFTER, VIEWS, Moves, is_multilinear
 from passes.simplify.factors.order import MOST_FACTORS
@@ -70,7 +70,11 @@ def keep_factors(graph: Graph) -> int:
 
 def _find(graph: Graph, moves: Moves) -> _Found:
     """Keep as much as can be; what something else than sums and products reads is formed."""
-    nodes = [node for node in graph.nodes if is_multilinear(node) and _has_type(node)]
+    nodes = [
+        node
+        for node in graph.nodes
+        if is_multilinear(node) and _has_type(node) and all(map(has_hints, _sources(node)))
+    ]
     formed: set[Node] = set()
     while True:
         found, before = _Found(), len(formed)
@@ -141,7 +145,7 @@ def _kind(node: Node) -> tuple[torch.dtype, torch.device]:
 
 def _has_type(node: Node) -> bool:
     value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype in _TYPES
+    return isinstance(value, Tensor) and value.dtype in _TYPES and has_hints(node)
 
 
 def _grows(node: Node) -> bool:
