@@ -36,8 +36,8 @@ test: setup ## Run the tests, two at a time (options for pytest: ARGS="-k name")
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 .PHONY: test-slow
-test-slow: setup ## Run the tests that take a minute each: a C++ program that trains
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: setup ## Run the tests that take long: a C++ program that trains, every layer under every loss
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # Libraries that only these tests and examples/clients.py need; without them the tests are skipped.
 $(VENV)/.clients: $(STAMP)

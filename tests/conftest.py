@@ -19,7 +19,7 @@ gc.set_threshold(50_000, 20, 100)
 # also makes a failing one smaller (minutes).
 settings.register_profile(
     "tests",
-    max_examples=16,
+    max_examples=10,
     derandomize=True,
     database=None,
     deadline=None,

@@ -11,10 +11,16 @@ from tests.oracle import check, outcome, relative_error
 REFUSED_BY_EAGER = {("batch_norm_train", "func_gradient"), ("batch_norm_2d", "func_gradient")}
 
 
-@pytest.mark.parametrize(
-    ("network", "loss"),
-    [(n, f) for n in NETWORKS for f in LOSSES if (n, f) not in REFUSED_BY_EAGER],
-)
+# Half of the pairs, each network and each loss among them, in every run; the others are slow tests.
+PAIRS = [
+    pytest.param(n, f, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, n in enumerate(NETWORKS)
+    for j, f in enumerate(LOSSES)
+    if (n, f) not in REFUSED_BY_EAGER
+]
+
+
+@pytest.mark.parametrize(("network", "loss"), PAIRS)
 def test_layer(network: str, loss: str) -> None:
     net, x = make(network)
     reference = [with_written_norms(make(network)[0])] if loss == "second_order" else None

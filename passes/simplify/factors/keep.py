@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.graph import arguments, elements, has_hints, value_of
-from passes.simplify.factors.lowering import Lowering, work
+from passes.simplify.factors.lowering import Lowering, flops, work
 from passes.simplify.factors.moves import AFTER, VIEWS, Moves, is_multilinear
 from passes.simplify.factors.order import MOST_FACTORS
 from passes.simplify.factors.terms import Expression, NotAProduct, leaf
@@ -33,6 +33,7 @@ _MATRICES = {aten.mm.default, aten.bmm.default}
 # Half the range of float16 is too little for products that were not written.
 _TYPES = (torch.float32, torch.float64, torch.bfloat16)
 _MOST_TERMS = 16
+WORTH_A_PRODUCT = 1.5
 _MOST_KEPT = MOST_FACTORS // 2  # a product of two of them is still a product
 
 
@@ -54,7 +55,8 @@ def keep_factors(graph: Graph) -> int:
     views, where that is less work than before.
 
     Work is additions, multiplications and elements written. A pointwise product and a sum are more
-    of it than the matrix product that takes their place, which alone counts in FLOPs.
+    of it than the matrix product that takes their place, which alone counts in FLOPs: if these
+    grow, work has to be two thirds of it at most.
     """
     moves = Moves(graph)
     replaced: dict[Node, Node] = {}
@@ -214,7 +216,11 @@ def _cheaper(graph: Graph, part: _Found) -> dict[Node, Node]:
         replaced = {root: lowering.lower(found, root) for root, found in part.roots.items()}
     except NotAProduct:
         replaced = {}
-    if replaced and sum(map(work, lowering.made)) < sum(map(work, [*part.kept, *part.roots])):
+    before = [*part.kept, *part.roots]
+    # More matrix products have to be worth it.
+    grows = sum(map(flops, lowering.made)) > sum(map(flops, before))
+    least = WORTH_A_PRODUCT if grows else 1
+    if replaced and least * sum(map(work, lowering.made)) < sum(map(work, before)):
         return replaced
     lowering.drop()
     return {}

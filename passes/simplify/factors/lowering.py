@@ -243,18 +243,26 @@ class Lowering:
         return self._call(aten.permute.default, (copied, back), root)
 
 
+def flops(node: Node) -> int:
+    """Return the multiplications and additions of a matrix product; 0 for anything else."""
+    if node.target not in _MATRICES:
+        return 0
+    return 2 * elements(value_of(node)) * hint(value_of(node.args[0]).shape[-1])
+
+
 def work(node: Node) -> int:
     """Return the multiplications and additions of an operator and the elements that it writes."""
     value = value_of(node)
     if not isinstance(value, Tensor):
         return 0
-    if node.target in (aten.mm.default, aten.bmm.default):
-        return elements(value) * (2 * hint(value_of(node.args[0]).shape[-1]) + 1)
+    if node.target in _MATRICES:
+        return flops(node) + elements(value)
     if node.target in _SUMS:
         return elements(value_of(node.args[0])) + elements(value)
     return 2 * elements(value) if node.target in _POINTWISE else 0
 
 
+_MATRICES = {aten.mm.default, aten.bmm.default}
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.linalg_vector_norm.default}
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
