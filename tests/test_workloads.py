@@ -99,7 +99,10 @@ def test_every_new_loss_has_a_small_form() -> None:
     assert found == set(SMALL)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("gp_")])
+QUICK = ("gp_", "hutchinson_full, vmap", "block_jacobian", "vmap_hessian_relu")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(QUICK)])
 def test_figures(name: str) -> None:
     case = CASES[name]
     assert case.forward is not None and case.flops_over_f is not None
