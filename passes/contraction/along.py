@@ -103,18 +103,26 @@ def _vector(vector: Any, point: Tensor, given: Mapping[Any, Any]) -> Tensor:
         return places.to(point.dtype).reshape(1, *shape)
     total = point.new_ones((1,) * point.dim())
     for node, places in rest:
-        value = given[node]
-        for dim in range(len(places) - 1, -1, -1):
-            if isinstance(places[dim], tuple):
-                value = value.select(dim, places[dim][1])
-            elif places[dim] is None:
-                value = value.select(dim, 0)
-        left = [
-            0 if p == "row" else p + 1 for p in places if p is not None and not isinstance(p, tuple)
-        ]
-        value = value.permute(sorted(range(len(left)), key=left.__getitem__))
-        for dim in range(point.dim()):
-            if dim not in left:
-                value = value.unsqueeze(dim)
-        total = total * value
+        total = total * laid_out(given[node], list(map(_place, places)), point.dim())
     return total
+
+
+def _place(place: Any) -> Any:
+    """Return where a dimension of a vector's factor is in the point."""
+    if isinstance(place, int):
+        return place + 1
+    return {"row": 0, None: ("at", 0)}.get(place, place)
+
+
+def laid_out(value: Tensor, places: Sequence[Any], rank: int) -> Tensor:
+    """Return a tensor with its dimensions at the given places among ``rank``, and of size 1
+    elsewhere; at ``("at", k)`` position k of a dimension is taken."""
+    for dim in range(len(places) - 1, -1, -1):
+        if isinstance(places[dim], tuple):
+            value = value.select(dim, places[dim][1])
+    left = [place for place in places if not isinstance(place, tuple)]
+    value = value.permute(sorted(range(len(left)), key=left.__getitem__))
+    for dim in range(rank):
+        if dim not in left:
+            value = value.unsqueeze(dim)
+    return value

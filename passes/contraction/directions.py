@@ -78,15 +78,25 @@ def parts_of(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:
             raise NotPlanned("a whole gradient or Hessian is used: an index is not contracted")
         many += [index] if index in dims or counted.count(index) > 1 else _apart(term, index, dims)
     many = list(dict.fromkeys(many))
+    for held in at_each(term, many, "the number of directions is not known, or too large"):
+        yield from _along_single_directions(held, dims)
+
+
+def at_each(term: Term, many: Sequence[Index], otherwise: str) -> Iterator[Term]:
+    """Yield a term with indices held at each of their positions, where it is not zero.
+
+    Raises:
+        NotPlanned: Their sizes are not known, or too large; says ``otherwise``.
+    """
     sizes = [index.size for index in many]
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > MOST:
-        raise NotPlanned("the number of directions is not known, or too large")
+        raise NotPlanned(otherwise)
     for values in itertools.product(*map(range, sizes)):
         held: Term | None = term
         for index, value in zip(many, values, strict=True):
             held = None if held is None else held.at(index, value)
         if held is not None:
-            yield from _along_single_directions(held, dims)
+            yield held
 
 
 def _apart(term: Term, index: Index, dims: Sequence[Index | None]) -> list[Index]:

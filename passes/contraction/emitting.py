@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes import derivative
 from passes.contraction.directions import NotPlanned
 from passes.contraction.first_order import Held, Planned, Push
-from passes.contraction.terms import Computed, Factor, Index, Term
+from passes.contraction.terms import Computed, Factor, Index, Term, example_of
 from passes.graph import placeholders, results, value_of
 from passes.nest import Site
 from passes.origin import note
@@ -141,7 +141,7 @@ class Emitter:
             [inputs[0], *(self._now(factor.node) for factor in push.factors)],
         )
         arguments = (1, 1, int(bool(push.enumerated)), *inputs, vectors)
-        examples = [_example(item) for item in arguments]
+        examples = [example_of(item) for item in arguments]
         with fake_mode_of(examples):
             try:
                 found = target(base.body, *examples)
@@ -190,7 +190,7 @@ class Emitter:
 
     def _inlined(self, function: Callable[..., Tensor], inputs: Sequence[Node]) -> Node:
         """Add the operators of a function."""
-        examples = [_example(node) for node in inputs]
+        examples = [example_of(node) for node in inputs]
         traced = trace(lambda *x: (function(*x),), examples, fake_mode_of(examples)).graph
         given = iter(inputs)
         copies: dict[Node, Node] = {}
@@ -209,11 +209,6 @@ class Emitter:
         node.meta.setdefault("stack_trace", like.meta.get("stack_trace"))
         site = like.meta["site"].name
         note(node, site=site, stage="choose", role="tangent", source=f"contraction.{node.name}")
-
-
-def _example(item: Any) -> Any:
-    value = value_of(item)
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _unused(module: torch.nn.Module, stem: str) -> str:

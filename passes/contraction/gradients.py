@@ -11,8 +11,6 @@ gradient. Nothing of it is as large as H.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.contraction.directions import MOST, NotPlanned
-from passes.contraction.terms import Base, Computed, Index, Term
-from passes.graph import value_of
+from passes.contraction.along import laid_out
+from passes.contraction.directions import NotPlanned, at_each
+from passes.contraction.terms import Base, Index, Term, example_of
 from passes.nest import dissolve_marks
 from passes.simplify import simplify
 from passes.tracing import fake_mode_of, trace
@@ -44,15 +42,8 @@ def with_gradients(term: Term, dims: Sequence[Index | None]) -> Iterator[Term]:
     if len(free) > 1:
         raise NotPlanned("a whole Hessian is used: two indices are not contracted")
     many = [index for index in term.outs if index not in term.fixed and index in dims]
-    sizes = [index.size for index in many]
-    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > MOST:
-        raise NotPlanned("a gradient of each of many outputs is used")
-    for values in itertools.product(*map(range, sizes)):
-        held: Term | None = term
-        for index, value in zip(many, values, strict=True):
-            held = None if held is None else held.at(index, value)
-        if held is not None:
-            yield _with_gradient(held, free[0])
+    for held in at_each(term, many, "a gradient of each of many outputs is used"):
+        yield _with_gradient(held, free[0])
 
 
 def _is_free(term: Term, slot: tuple[Index, ...], dims: Sequence[Index | None]) -> bool:
@@ -86,21 +77,8 @@ class _Seed:
                 shape = [-1 if d == dim else 1 for d in range(like.dim())]
                 seed = seed * places.to(like.dtype).view(shape)
         for value, places in zip(given, self.factors, strict=True):
-            seed = seed * _laid_out(value, places, like.dim())
+            seed = seed * laid_out(value, places, like.dim())
         return seed
-
-
-def _laid_out(value: Tensor, places: Sequence[Any], rank: int) -> Tensor:
-    """Return a tensor with its dimensions where a result has them, and of size 1 elsewhere."""
-    for dim in range(len(places) - 1, -1, -1):
-        if isinstance(places[dim], tuple):
-            value = value.select(dim, places[dim][1])
-    left = [place for place in places if not isinstance(place, tuple)]
-    value = value.permute(sorted(range(len(left)), key=left.__getitem__))
-    for dim in range(rank):
-        if dim not in left:
-            value = value.unsqueeze(dim)
-    return value
 
 
 def _with_gradient(term: Term, place: int) -> Term:
@@ -133,7 +111,7 @@ def _with_gradient(term: Term, place: int) -> Term:
 
 def _gradient(base: Base, seed: _Seed, explicit: Sequence[Any]) -> Base:
     """Trace ``g(x, θ, s) = ∇ₓ⟨s, f(x, θ)⟩``."""
-    examples = [_example(item) for item in (*base.inputs, *explicit)]
+    examples = [example_of(item) for item in (*base.inputs, *explicit)]
     count = len(base.inputs)
 
     def gradient(*values: Any) -> tuple[Tensor, ...]:
@@ -156,8 +134,3 @@ def _gradient(base: Base, seed: _Seed, explicit: Sequence[Any]) -> Base:
     return Base(
         module, f"gradient {seed} of {base.code}", (*base.inputs, *explicit), base.order + 1
     )
-
-
-def _example(item: Any) -> Any:
-    value = item.like if isinstance(item, Computed) else value_of(item)
-    return value.detach() if isinstance(value, Tensor) else value

@@ -14,8 +14,7 @@ from torch.fx import GraphModule, Node
 
 from passes.contraction.along import along_layer, first_layers, stacked
 from passes.contraction.directions import Direction, Part, explicit_of
-from passes.contraction.terms import Base, Computed, Factor, Index, leaves_of
-from passes.graph import value_of
+from passes.contraction.terms import Base, Computed, Factor, Index, example_of, leaves_of
 from passes.nest import dissolve_marks
 from passes.taylor import Jets, push_series
 from passes.taylor.jets import Series, plus
@@ -65,7 +64,7 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
     collapsed = collapsed and len({_numbers(demand, order) for demand in last}) == 1
     explicit = explicit_of(parts)
     inputs = list(dict.fromkeys(n for item in [*base.inputs, *explicit] for n in leaves_of(item)))
-    examples = [_example(item) for item in inputs]
+    examples = [example_of(item) for item in inputs]
     layers = first_layers(base.body)
 
     def compute(*values: Any) -> list[Tensor]:
@@ -136,11 +135,6 @@ def computed(item: Any, given: Mapping[Any, Any]) -> Any:
     if isinstance(item, Computed):
         return run(item.body, [computed(read, given) for read in item.inputs])[0]
     return given[item] if isinstance(item, Node) else item
-
-
-def _example(item: Any) -> Any:
-    value = value_of(item)
-    return value.detach().requires_grad_(False) if isinstance(value, Tensor) else value
 
 
 def _is_linear_in_numbers(demand: Demand, order: int) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from passes.graph import attribute_of
+from passes.graph import attribute_of, value_of
 
 _numbers = itertools.count()
 
@@ -71,6 +72,12 @@ def leaves_of(item: Any) -> list[Node]:
     if isinstance(item, Computed):
         return [leaf for read in item.inputs for leaf in leaves_of(read)]
     return [item] if isinstance(item, Node) else []
+
+
+def example_of(item: Any) -> Any:
+    """Return an example of an explicit tensor, without a history; anything else as it is."""
+    value = item.like if isinstance(item, Computed) else value_of(item)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
