@@ -54,6 +54,11 @@ def is_equal(a: Any, b: Any) -> bool:
     return bool(left == right)
 
 
+def is_one(size: Any) -> bool:
+    """Whether a size is the number 1."""
+    return isinstance(size, int) and size == 1
+
+
 def are_equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two shapes, or the strides of two tensors, are proven equal."""
     return len(one) == len(other) and all(map(is_equal, one, other))

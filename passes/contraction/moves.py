@@ -14,7 +14,7 @@ from torch.fx import Node
 from passes.contraction.constants import Constants
 from passes.contraction.terms import Expression, Factor, Index
 from passes.contraction.whole import whole
-from passes.graph import arguments, is_equal, value_of
+from passes.graph import arguments, is_equal, is_one, value_of
 
 aten = torch.ops.aten
 # Where a split has its dimension.
@@ -216,7 +216,7 @@ def _add(known: Known, constants: Constants, node: Node) -> Expression | None:
         return None
     if isinstance(other, Node) and value_of(node).dim() != len(there.dims):
         return None
-    if [d is None for d in there.dims] != [_is_one(s) for s in value_of(node).shape]:
+    if [d is None for d in there.dims] != [is_one(s) for s in value_of(node).shape]:
         return None
     return there if there is a else there.times(sign)
 
@@ -233,7 +233,7 @@ def _expand(known: Known, constants: Constants, node: Node) -> Expression | None
     shapes = value_of(node).shape
     if found is None or len(shapes) != len(found.dims):
         return None
-    kept = [_is_one(size) == (d is None) for d, size in zip(found.dims, shapes, strict=True)]
+    kept = [is_one(size) == (d is None) for d, size in zip(found.dims, shapes, strict=True)]
     return found if all(kept) else None
 
 
@@ -253,7 +253,7 @@ def _pieces(known: Known, constants: Constants, node: Node) -> Expression | None
         return _without(found.at(dim, position % len(value_of(source))), dim)
     if is_equal(_size(source.args[0], dim), _size(node, dim)):
         return found
-    if all(_is_one(piece.shape[dim]) for piece in value_of(source)):
+    if all(is_one(piece.shape[dim]) for piece in value_of(source)):
         return found.at(dim, position)
     return None
 
@@ -266,7 +266,7 @@ def _stack(known: Known, constants: Constants, node: Node) -> Expression | None:
     rank = value_of(node).dim()
     dim %= rank
     if node.target is aten.cat.default:
-        if not all(_is_one(_size(part, dim)) for part in args[0]):
+        if not all(is_one(_size(part, dim)) for part in args[0]):
             return None
         parts = [None if p is None else _without(p, dim) for p in parts]
     index = Index(len(parts))
@@ -288,13 +288,22 @@ def _without(found: Expression, dim: int) -> Expression:
     return replace(found, dims=(*found.dims[:dim], *found.dims[dim + 1 :]))
 
 
-def _product(known: Known, constants: Constants, node: Node) -> Expression | None:
-    """``mm``, ``mv`` and ``dot`` with an explicit tensor."""
+def _operands(known: Known, node: Node) -> tuple[Expression, Node, bool] | None:
+    """Return the expression and the explicit tensor of a product, and whether the expression is on
+    the left; None if both are expressions."""
     left, right = arguments(node)
     if left in known and right in known:
         return None
     first = left in known
-    found, factor = known[left if first else right], right if first else left
+    return known[left if first else right], right if first else left, first
+
+
+def _product(known: Known, constants: Constants, node: Node) -> Expression | None:
+    """``mm``, ``mv`` and ``dot`` with an explicit tensor."""
+    operands = _operands(known, node)
+    if operands is None:
+        return None
+    found, factor, first = operands
     contracted = found.dims[-1] if first else found.dims[0]
     if contracted is None or not all(_has(term, contracted) for term in found.terms):
         return None
@@ -307,20 +316,19 @@ def _product(known: Known, constants: Constants, node: Node) -> Expression | Non
 
 def _batched_product(known: Known, constants: Constants, node: Node) -> Expression | None:
     """``bmm`` with an explicit tensor."""
-    left, right = arguments(node)
-    if left in known and right in known:
+    operands = _operands(known, node)
+    if operands is None:
         return None
-    first = left in known
-    found, factor = known[left if first else right], right if first else left
+    found, factor, first = operands
     batch, row, column = found.dims
     contracted, kept = (column, row) if first else (row, column)
     if contracted is not None and not all(_has(term, contracted) for term in found.terms):
         return None
     sizes = value_of(factor).shape
-    if batch is None and not _is_one(sizes[0]):
+    if batch is None and not is_one(sizes[0]):
         batch = Index(sizes[0])
     size = sizes[2 if first else 1]
-    new = None if _is_one(size) else Index(size)
+    new = None if is_one(size) else Index(size)
     indices = (batch, contracted, new) if first else (batch, new, contracted)
     dims = (batch, kept, new) if first else (batch, new, kept)
     return replace(found.times(1.0, Factor(factor, indices)), dims=dims)
@@ -328,10 +336,6 @@ def _batched_product(known: Known, constants: Constants, node: Node) -> Expressi
 
 def _size(node: Any, dim: int) -> Any:
     return value_of(node).shape[dim]
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 MOVES: dict[Any, Move] = {

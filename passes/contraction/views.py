@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from passes.contraction.terms import Factor, Index
-from passes.graph import are_equal, arguments, value_of
+from passes.graph import are_equal, arguments, is_one, value_of
 
 aten = torch.ops.aten
 _SAME = {aten.alias.default, aten.clone.default}
@@ -58,17 +58,13 @@ def _is_same_shape(one: Node, other: Node) -> bool:
 def _reshaped(factor: Factor, source: Node) -> Factor | None:
     """A reshape that adds or takes away dimensions of size 1 only."""
     sizes: list[Any] = list(value_of(factor.node).shape)
-    left = [(i, s) for i, s in zip(factor.indices, sizes, strict=True) if not _is_one(s)]
-    before = [s for s in value_of(source).shape if not _is_one(s)]
-    if any(i is not None for i, s in zip(factor.indices, sizes, strict=True) if _is_one(s)):
+    left = [(i, s) for i, s in zip(factor.indices, sizes, strict=True) if not is_one(s)]
+    before = [s for s in value_of(source).shape if not is_one(s)]
+    if any(i is not None for i, s in zip(factor.indices, sizes, strict=True) if is_one(s)):
         return None
     if not are_equal([s for _, s in left], before):
         return None
     given = iter(left)
     return Factor(
-        source, tuple(None if _is_one(s) else next(given)[0] for s in value_of(source).shape)
+        source, tuple(None if is_one(s) else next(given)[0] for s in value_of(source).shape)
     )
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
