@@ -29,6 +29,7 @@ from rewriter.report import Report
 from rewriter.rewrite import Rewritten, rewrite
 from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
+from rewriter.start import get_ready
 from rewriter.step import Explained, Step, explaining
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,6 +53,8 @@ class OptimizedLoss(Specialising):
 
     def _build(self, captured: GraphModule) -> Step:
         is_told = bool(wanted())
+        if not explaining.get():
+            get_ready(captured, self.options)
         with shown(f"rewriting {self.name}"):
             rewritten = rewrite(captured, self.options, self.name)
         if is_told or is_asked_for():

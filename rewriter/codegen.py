@@ -6,11 +6,13 @@ import contextlib
 import functools
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
+import threading
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext, tracing
 from torch._inductor import aoti_compile_and_package, list_mode_options
 from torch._inductor import config as inductor_config
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
@@ -76,6 +80,8 @@ def compile_graph(
     settings = _settings(module, mode)
     is_replayed = settings.get("triton.cudagraphs", False) and _is_on_cuda(examples)
     static = static if is_replayed else ()
+    if is_for_cpp(_values(module)):
+        get_toolchain_ready().join()
     inner = functools.partial(_compile_with_static, tuple(static)) if static else compile_fx_inner
     with (
         tracing(TracingContext(fake_mode_of(examples))),
@@ -100,6 +106,27 @@ def compile_graph(
                 stacklevel=2,
             )
             return _op_by_op(module)
+
+
+@functools.cache
+def get_toolchain_ready() -> threading.Thread:
+    """Begin what Inductor does once per process before its first C++ kernel: it tries out which
+    vector instructions it can use, and compiles the header that all kernels include.
+
+    Compilers and other processes do that, for seconds; meanwhile a loss is captured and rewritten.
+    What fails here fails again, and is reported, where a graph is compiled.
+    """
+
+    def work() -> None:
+        kernel = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel() {}'
+        failures = (CppCompileError, InvalidCxxCompiler, OSError, subprocess.SubprocessError)
+        with contextlib.suppress(*failures):
+            pick_vec_isa()
+            CppPythonBindingsCodeCache.load_pybinding_async([], kernel, submit_fn=lambda job: job)
+
+    thread = threading.Thread(target=work, name="toolchain", daemon=True)
+    thread.start()
+    return thread
 
 
 def _is_on_cuda(examples: Sequence[Any]) -> bool:
@@ -141,7 +168,7 @@ def _settings(module: GraphModule, mode: str) -> dict[str, Any]:
     # The generator must end where eager leaves it, so draws are eager's own.
     draws = any(is_random(node) for node in module.graph.nodes)
     settings = {**list_mode_options(mode), "fallback_random": draws}
-    if _devices(module) == {"cpu"}:
+    if _devices(_values(module)) == {"cpu"}:
         # oneDNN blocks what it convolves anyway. Channels-last copies, of each weight, gradient and
         # activation in every step, come on top: of a critic's step a third of the time and more
         # than half of the memory.
@@ -441,13 +468,19 @@ def _with_own_draws(module: GraphModule) -> GraphModule:
 
 def has_compiler(module: GraphModule) -> bool:
     """Whether Inductor can build code for the graph's device."""
-    if _devices(module) != {"cpu"} or inductor_config.cpu_backend != "cpp":
-        return True
-    return cpp_compiler() is not None
+    return not is_for_cpp(_values(module)) or cpp_compiler() is not None
 
 
-def _devices(module: GraphModule) -> set[str]:
-    values = map(value_of, module.graph.nodes)
+def is_for_cpp(values: Iterable[Any]) -> bool:
+    """Whether Inductor writes C++ for what computes with ``values``, and nothing else."""
+    return _devices(values) == {"cpu"} and inductor_config.cpu_backend == "cpp"
+
+
+def _values(module: GraphModule) -> Iterable[Any]:
+    return map(value_of, module.graph.nodes)
+
+
+def _devices(values: Iterable[Any]) -> set[str]:
     return {value.device.type for value in values if isinstance(value, Tensor)}
 
 

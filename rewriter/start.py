@@ -12,12 +12,34 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from passes.graph import placeholders
 from rewriter.background import queue
-from rewriter.codegen import CannotPack, Compiled, compile_graph, has_compiler, packed
+from rewriter.codegen import (
+    CannotPack,
+    Compiled,
+    compile_graph,
+    get_toolchain_ready,
+    has_compiler,
+    is_for_cpp,
+    packed,
+)
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.options import Options
 from rewriter.progress import shown
 from rewriter.stateful import set_aside
+
+
+def get_ready(module: GraphModule, options: Options) -> None:
+    """Begin what compiled code needs besides a graph, before the graph is there.
+
+    Args:
+        module: What Dynamo has captured.
+        options: ``backend`` and ``start`` count.
+    """
+    is_compiled = options.backend == "inductor" and options.start == "compiled"
+    examples = (node.meta["example_value"] for node in placeholders(module.graph))
+    if is_compiled and is_for_cpp(examples):
+        get_toolchain_ready()
 
 
 def code_for(

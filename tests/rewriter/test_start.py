@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
+import rewriter.api
+import rewriter.start
 from rewriter import (
     NestedGradientWarning,
     OptimizeNestedError,
@@ -256,3 +258,39 @@ def test_another_process_compiles() -> None:
         same_as_written(loss, net, x)
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+class TestToolchain:
+    """What C++ kernels need is begun before the loss is rewritten, and only where it is needed."""
+
+    @pytest.mark.parametrize(
+        ("options", "events"),
+        [
+            ({}, ["toolchain", "rewritten", "compiled"]),
+            ({"backend": "eager"}, ["rewritten", "compiled"]),
+            ({"start": "tiered"}, ["rewritten", "compiled"]),
+        ],
+    )
+    def test_is_begun_first(
+        self, options: dict[str, Any], events: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[str] = []
+
+        def noting(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: (seen.append(event), function(*args, **kwargs))[1]
+
+        def compiled(module: Any, *_: Any, **__: Any) -> Any:
+            return compile_graph(module, "eager", "default", strict=True)
+
+        begin, rewrite = rewriter.start.get_toolchain_ready, rewriter.api.rewrite
+        monkeypatch.setattr(rewriter.start, "get_toolchain_ready", noting("toolchain", begin))
+        monkeypatch.setattr(rewriter.api, "rewrite", noting("rewritten", rewrite))
+        monkeypatch.setattr(rewriter.start, "compile_graph", noting("compiled", compiled))
+        monkeypatch.setattr(rewriter.start.queue, "submit", Job)
+        loss = optimize_nested(penalty, **options)
+        loss(*example()).backward()
+        assert seen == events
+
+    def test_is_not_begun_to_explain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rewriter.start, "get_toolchain_ready", pytest.fail)
+        optimize_nested(penalty).explain(*example())
