@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from rewriter.ahead.compile import compile_ahead
+from rewriter.codegen import keeps_code
 from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.layer import Layers, optimize_class, optimize_module
@@ -26,7 +27,7 @@ from rewriter.options import Options, make_options
 from rewriter.progress import shown
 from rewriter.recorder import Recorder
 from rewriter.report import Report
-from rewriter.rewrite import Rewritten, rewrite
+from rewriter.rewrite import Rewritten, in_full, rewrite
 from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.start import get_ready
@@ -52,12 +53,14 @@ class OptimizedLoss(Specialising):
             )
 
     def _build(self, captured: GraphModule) -> Step:
-        is_told = bool(wanted())
+        is_told = bool(wanted()) or is_asked_for()
         if not explaining.get():
             get_ready(captured, self.options)
+        is_compiled = self.options.backend == "inductor" and keeps_code()
+        recalls = is_compiled and not (is_told or explaining.get())
         with shown(f"rewriting {self.name}"):
-            rewritten = rewrite(captured, self.options, self.name)
-        if is_told or is_asked_for():
+            rewritten = rewrite(captured, self.options, self.name, recalls=recalls)
+        if is_told:
             report = self._report(rewritten)
             log_built(report)
             dump_built(rewritten, report)
@@ -103,9 +106,11 @@ class OptimizedLoss(Specialising):
 
     def _report(self, rewritten: Rewritten) -> Report:
         known = [step.rewritten for step in self.steps]
+        if rewritten not in known:
+            known.append(rewritten)
         return make_report(
-            rewritten,
-            specialisations=known if rewritten in known else [*known, rewritten],
+            in_full(rewritten, self.options),
+            specialisations=known,
             breaks=[refusal.said for refusal in self.refusals],
             tiers=[
                 line for step in self.steps if step.rewritten is rewritten for line in step.tiers

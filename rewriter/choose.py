@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -17,6 +18,7 @@ from rewriter.bounds import bound_of
 from rewriter.errors import NotRewritten, OptionError
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate, Form, Forms
 from rewriter.options import Options
+from rewriter.recall import Recollection
 from rewriter.search import Search, preference
 
 # Each form takes 0.2 to 2 s to trace.
@@ -35,30 +37,32 @@ class Choice:
     Attributes:
         taken: The candidate.
         candidates: Every candidate that was priced.
-        asked: Site name → the strategy that the user asked for.
-        refusals: (site name, strategy) → reason.
         form: The derivative graph with each site in its form.
         joint: Loss, state updates and gradients as one graph.
         build_seconds: Time to build ``form``.
         trace_seconds: Time to trace and simplify ``joint``.
+        asked: Site name → the strategy that the user asked for.
+        refusals: (site name, strategy) → reason.
         untried: Changes of one site that looked worth a trial when there were enough forms.
         at_least: Sites, those together that depend on one another → the FLOPs that every other
             strategy costs there at least; more than the form taken, so none was traced.
         finalists: What ``mode="max-autotune"`` compares by the clock, the cheapest first; empty
             where there is nothing to compare, or where it has been done.
+        is_recalled: Whether an earlier process chose, so that nothing else was priced in this one.
     """
 
     taken: Candidate
     candidates: tuple[Candidate, ...]
-    asked: Mapping[str, str]
-    refusals: Mapping[tuple[str, str], str]
     form: GraphModule
     joint: GraphModule
     build_seconds: float
     trace_seconds: float
+    asked: Mapping[str, str] = field(default_factory=dict)
+    refusals: Mapping[tuple[str, str], str] = field(default_factory=dict)
     untried: int = 0
     at_least: Mapping[frozenset[str], int] = field(default_factory=dict)
     finalists: tuple[Form, ...] = ()
+    is_recalled: bool = False
 
     @property
     def rewritten(self) -> list[str]:
@@ -75,6 +79,8 @@ def choose(
     as_written: AsWritten,
     promoted: Sequence[int],
     options: Options,
+    *,
+    recalls: bool = False,
 ) -> Choice:
     """Price forms on the joint graph and take the first by `Candidate.preference`: fewest FLOPs, on
     a tie the earlier strategies, then fewer bytes.
@@ -91,6 +97,8 @@ def choose(
         as_written: What it costs.
         promoted: Inputs that the loss itself makes require grad.
         options: The user's wishes.
+        recalls: Whether to take what an earlier process chose, and to keep what this one chooses:
+            see `rewriter.recall`.
 
     Raises:
         OptionError: ``strategy`` names a site that does not exist, or a strategy that a site does
@@ -99,6 +107,12 @@ def choose(
     """
     forms = Forms(module, roles, seeded=seeded)
     asked = _asked(forms.sites, options)
+    memory = None
+    if recalls and not (asked or options.strict or options.is_measured) and forms.sites:
+        memory = Recollection(module, roles, seeded=seeded)
+        found = _recalled(memory, forms)
+        if found is not None:
+            return _choice(found, [found], is_recalled=True)
     written = evaluated(as_written.flops, size_hints(module))
     tried, untried = [], 0
     at_least = {} if asked or options.is_measured else _ruled_out(forms, roles, written)
@@ -113,19 +127,39 @@ def choose(
     best = min(tried, key=preference)
     refusals = _refusals(forms, tried)
     _refuse_if_strict(forms.sites, asked, refusals, best.candidate, options)
-    return Choice(
-        best.candidate,
-        tuple(form.candidate for form in tried),
-        asked,
-        refusals,
-        best.module,
-        best.joint,
-        best.build_seconds,
-        best.trace_seconds,
-        untried,
-        at_least,
-        _finalists(tried, written) if options.is_measured else (),
+    if memory is not None and set(NAMES).issuperset(best.candidate.strategies.values()):
+        memory.keep(best.candidate)
+    return _choice(
+        best,
+        tried,
+        asked=asked,
+        refusals=refusals,
+        untried=untried,
+        at_least=at_least,
+        finalists=_finalists(tried, written) if options.is_measured else (),
     )
+
+
+def _choice(taken: Form, tried: Sequence[Form], **known: Any) -> Choice:
+    return Choice(
+        taken=taken.candidate,
+        candidates=tuple(form.candidate for form in tried),
+        form=taken.module,
+        joint=taken.joint,
+        build_seconds=taken.build_seconds,
+        trace_seconds=taken.trace_seconds,
+        **known,
+    )
+
+
+def _recalled(memory: Recollection, forms: Forms) -> Form | None:
+    """Return the form that an earlier process chose, if it is what it was."""
+    strategies = memory.strategies() or {}
+    names = {site.name for site in forms.sites}
+    if strategies.keys() != names or not set(NAMES).issuperset(strategies.values()):
+        return None
+    form = forms.build(strategies)
+    return form if memory.fits(form.candidate) else None
 
 
 def _ruled_out(forms: Forms, roles: Roles, written: int) -> dict[frozenset[str], int]:

@@ -311,7 +311,7 @@ def packed(module: GraphModule, mode: str) -> bytes:
         CannotPack: The graph holds something that cannot go to another process, or Inductor keeps
             no code on disk.
     """
-    if not inductor_config.fx_graph_cache or inductor_config.force_disable_caches:
+    if not keeps_code():
         raise CannotPack("Inductor's cache on disk is switched off")
     module = copy_graph(module)
     module.meta.clear()
@@ -490,6 +490,11 @@ def cpp_compiler() -> str | None:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return None
+
+
+def keeps_code() -> bool:
+    """Whether Inductor keeps compiled code on disk, for other processes."""
+    return inductor_config.fx_graph_cache and not inductor_config.force_disable_caches
 
 
 def cache_folder() -> Path:

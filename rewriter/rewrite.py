@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -112,13 +112,17 @@ class Rewritten:
         return trace_value(self.derivative)
 
 
-def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewritten:
+def rewrite(
+    captured: GraphModule, options: Options, function: str = "", *, recalls: bool = False
+) -> Rewritten:
     """Run the pipeline on a captured graph.
 
     Args:
         captured: What Dynamo captured.
         options: The user's wishes.
         function: The loss's name, for reports.
+        recalls: Whether what an earlier process chose will do, see `rewriter.recall`: a report has
+            all candidates.
 
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
@@ -152,7 +156,7 @@ def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewr
     except RuntimeError:
         if not write_out(captured):
             raise
-        return rewrite(captured, options, function)
+        return rewrite(captured, options, function, recalls=recalls)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
     detached = detached_derivatives(module, requiring, as_written.differentiable)
@@ -173,7 +177,9 @@ def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewr
     active = active_nodes(module, requiring)
     check_differentiability(module, roles.n_outputs, roles.differentiable, active)
     seeded = not _is_one_scalar(module, roles) or _has_half_precision(module)
-    choice = choose(module, roles, seeded, captured, as_written, flat.promoted, options)
+    choice = choose(
+        module, roles, seeded, captured, as_written, flat.promoted, options, recalls=recalls
+    )
     stage("choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
     simplified = choice.joint.meta["simplified"]
     stage("joint", lambda: (choice.joint, simplified), choice.trace_seconds)
@@ -190,6 +196,14 @@ def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewr
         detached=tuple(detached),
         function=function,
     )
+
+
+def in_full(rewritten: Rewritten, options: Options) -> Rewritten:
+    """Return a specialisation with every candidate priced, whoever chose among them."""
+    if not rewritten.choice.is_recalled:
+        return rewritten
+    again = rewrite(rewritten.captured, options, rewritten.function)
+    return replace(again, names=rewritten.names)  # the guards that they are read from are gone
 
 
 def _is_one_scalar(module: GraphModule, roles: Roles) -> bool:
