@@ -158,13 +158,31 @@ def test_a_form_that_takes_the_process_down_is_left_out(monkeypatch) -> None:
     death = processes.Died("the process died of SIGSEGV")
     started = saying(monkeypatch, [[{"step": "E"}, {"step": "F"}, death], [{"step": "E"}, good]])
     steps: list[str] = []
-    where: Any = {"sizes": [], "cache": Path("cache"), "on_step": steps.append}
+    where: Any = {
+        "columns": "EFO",
+        "sizes": [],
+        "cache": Path("cache"),
+        "on_step": steps.append,
+    }
     found = processes.run_case("gp_mlp", "tanh", rounds=3, **where)
     assert found.forms["F"].refusal == str(death) and found.forms["O"] == GOOD.forms["O"]
-    assert steps == ["E", "F", "E"] and started[1][-2:] == ["--skip", "F"]
+    assert steps == ["E", "F", "E"] and started[1][-4:] == ["--form", "E", "--form", "O"]
     saying(monkeypatch, [[{"step": "O"}, death]])
     with pytest.raises(processes.Died, match="SIGSEGV"):
         processes.run_case("gp_mlp", "tanh", rounds=3, **where)
+
+
+def test_jax_has_its_own_process(monkeypatch) -> None:
+    in_jax = dataclasses.replace(GOOD.forms["E"], median=3 * GOOD.ours.median, over_ours=9.0)
+    beside = dataclasses.replace(GOOD, forms={"E": GOOD.forms["E"], "J": in_jax})
+    good = [json.loads(json.dumps({"row": dataclasses.asdict(row)})) for row in (GOOD, beside)]
+    started = saying(monkeypatch, [[good[0]], [good[1]]])
+    where: Any = {"sizes": [], "cache": Path("cache"), "on_step": lambda name: None}
+    found = processes.run_case("gp_mlp", "tanh", columns="ECJO", rounds=3, **where)
+    assert started[0][-6:] == ["--form", "E", "--form", "C", "--form", "O"]
+    assert started[1][-4:] == ["--form", "E", "--form", "J"]
+    assert found.forms["J"] == dataclasses.replace(in_jax, over_ours=pytest.approx(3.0))
+    assert {name: found.forms[name] for name in GOOD.forms} == GOOD.forms
 
 
 def test_first_steps(monkeypatch) -> None:
@@ -193,7 +211,8 @@ def test_one_case(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         forms, "optimized", lambda case: optimize_nested(case.loss, backend="eager")
     )
-    words = ["gp_mlp", "small tanh", "--rounds", "2", "--skip", "J", "--cache", str(tmp_path)]
+    words = ["gp_mlp", "small tanh", "--rounds", "2", "--cache", str(tmp_path)]
+    words += [word for form in "ECFO" for word in ("--form", form)]
     done = CliRunner().invoke(one_case.main, words, catch_exceptions=False)
     *steps, last = map(json.loads, done.output.splitlines())
     # A first step, two warm-up steps, two rounds, one for memory; our own is the last of each turn.

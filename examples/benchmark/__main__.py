@@ -110,7 +110,8 @@ def measure_case(
     """Measure one case into this machine's section, and save it."""
     title, columns = f"{workload.name}, {case.name}", columns_of(case)
     compiled = [column for column in columns if column in "CJO"]
-    total = len(columns) * (rounds + WARM_UP + 2) + 2 * len(compiled) * with_first_steps
+    turns = len(columns) + ("J" in columns)  # E takes turns with JAX once more
+    total = turns * (rounds + WARM_UP + 2) + 2 * len(compiled) * with_first_steps
     task = progress.add_task(title, total=total)
 
     def on_step(column: str) -> None:
@@ -122,7 +123,7 @@ def measure_case(
         if with_first_steps:
             section.first_steps[title] = first_steps(*names, columns=compiled, **shared)
         try:
-            section.rows[title] = run_case(*names, rounds=rounds, **shared)
+            section.rows[title] = run_case(*names, columns=columns, rounds=rounds, **shared)
         except Died as death:
             console.print(f"{title}: {death}", markup=False)
     results.save()

@@ -19,7 +19,7 @@ from examples.benchmark.forms import FORMS, contenders_of, find_case
 def main(workload: str, case_name: str, form: str, full: bool, device: str) -> None:
     """Print the seconds of a first step, or why there is none."""
     case, args = find_case(workload, case_name, full=full, device=device)
-    contender = contenders_of(case, args)[form]
+    contender = contenders_of(case, args, [form])[form]
     contender.first_step(*args)
     seconds = None if contender.refusal else contender.first_seconds
     print(json.dumps({"seconds": seconds, "refusal": contender.refusal}), flush=True)

@@ -1,7 +1,7 @@
 """The forms in which a case runs, ready to take turns."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,8 +55,10 @@ def columns_of(case: Case) -> list[str]:
     return [name for name in FORMS if not absent.get(name, False)]
 
 
-def contenders_of(case: Case, args: tuple[Any, ...]) -> dict[str, Contender]:
-    """Return the forms of a case, by column."""
+def contenders_of(
+    case: Case, args: tuple[Any, ...], columns: Iterable[str]
+) -> dict[str, Contender]:
+    """Return forms of a case by column; E is the first."""
     make: dict[str, Callable[[], Any]] = {
         "E": lambda: case.loss,
         "C": lambda: compiled_as_written(case.loss),
@@ -68,7 +70,8 @@ def contenders_of(case: Case, args: tuple[Any, ...]) -> dict[str, Contender]:
     wanted = [x for x in tensors if x.requires_grad]
     return {
         name: Contender(name, make[name](), wanted, backward=case.backward)
-        for name in columns_of(case)
+        for name in FORMS
+        if name in columns
     }
 
 

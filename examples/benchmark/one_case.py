@@ -25,7 +25,7 @@ from rewriter.bench import Contender, measure
 @click.option("--full", is_flag=True)
 @click.option("--device", default="cpu")
 @click.option("--rounds", default=20)
-@click.option("--skip", multiple=True, type=click.Choice(list(FORMS)))
+@click.option("--form", "columns", multiple=True, type=click.Choice(list(FORMS)), required=True)
 @click.option("--cache", type=click.Path(path_type=Path), required=True)
 def main(
     workload: str,
@@ -33,12 +33,12 @@ def main(
     full: bool,
     device: str,
     rounds: int,
-    skip: tuple[str, ...],
+    columns: tuple[str, ...],
     cache: Path,
 ) -> None:
     """Measure one case."""
     case, args = find_case(workload, case_name, full=full, device=device)
-    racing = {name: c for name, c in contenders_of(case, args).items() if name not in skip}
+    racing = contenders_of(case, args, columns)
     for name, contender in racing.items():
         _say(name)
         with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache / name)):
@@ -51,9 +51,9 @@ def main(
         workload=workload,
         case=case_name,
         rounds=rounds,
-        flops=flops_of(case, args),
+        flops=flops_of(case, args) if "O" in racing else {},
         figure=case.flops_over_f,
-        forms={name: timing(c, racing["E"], racing["O"]) for name, c in racing.items()},
+        forms={name: timing(c, racing["E"], racing.get("O")) for name, c in racing.items()},
     )
     print(json.dumps({"row": asdict(row)}), flush=True)
 
@@ -62,7 +62,7 @@ def _say(name: str) -> None:
     print(json.dumps({"step": name}), flush=True)
 
 
-def timing(contender: Contender, eager: Contender, ours: Contender) -> Timing:
+def timing(contender: Contender, eager: Contender, ours: Contender | None) -> Timing:
     """Return what was measured of a form."""
     if contender.refusal:
         return Timing(refusal=contender.refusal)
@@ -70,7 +70,7 @@ def timing(contender: Contender, eager: Contender, ours: Contender) -> Timing:
         minimum=contender.minimum,
         median=contender.median,
         over_eager=contender.speedup(eager),
-        over_ours=0.0 if ours.refusal else ours.speedup(contender),
+        over_ours=0.0 if ours is None or ours.refusal else ours.speedup(contender),
         peak_bytes=None if contender.name == "J" else contender.peak_bytes,
         differs=contender.distance(eager),
     )

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def run_case(
     workload: str,
     case: str,
     *,
+    columns: Iterable[str],
     sizes: list[str],
     rounds: int,
     cache: Path,
@@ -35,9 +37,13 @@ def run_case(
 ) -> Row:
     """Measure the steps of a case; a form that takes the process down is left out of the next try.
 
+    JAX takes turns with the loss as written in a process of its own: its threads and its memory
+    slow PyTorch down.
+
     Args:
         workload: Its name.
         case: The case's name.
+        columns: The forms.
         sizes: Options that say which sizes, and where.
         rounds: Timed steps of each form.
         cache: A folder with one for each form's compiled code.
@@ -46,13 +52,23 @@ def run_case(
     Raises:
         Died: The loss as written, or all of optimize_nested, takes the process down.
     """
+    words = [workload, case, *sizes, "--rounds", str(rounds), "--cache", str(cache)]
+    row = _row(words, [name for name in columns if name != "J"], on_step)
+    if "J" not in columns:
+        return row
+    in_jax = _row(words, ["E", "J"], on_step).forms["J"]
+    if not (in_jax.refusal or row.ours.refusal):
+        in_jax = replace(in_jax, over_ours=in_jax.median / row.ours.median)
+    return replace(row, forms=row.forms | {"J": in_jax})
+
+
+def _row(words: list[str], columns: list[str], on_step: Callable[[str], object]) -> Row:
     dead: dict[str, str] = {}
     while True:
         step = ""
-        words = [workload, case, *sizes, "--rounds", str(rounds), "--cache", str(cache)]
-        words += [word for name in dead for word in ("--skip", name)]
+        chosen = [word for name in columns if name not in dead for word in ("--form", name)]
         try:
-            for said in _lines("one_case", words):
+            for said in _lines("one_case", [*words, *chosen]):
                 if "row" in said:
                     forms = {name: Timing(**form) for name, form in said["row"]["forms"].items()}
                     forms |= {name: Timing(refusal=reason) for name, reason in dead.items()}
