@@ -21,7 +21,8 @@ def page(sections: dict[str, Section], chart_of: Callable[[str], str]) -> str:
         "# Benchmarks",
         "",
         "Made by `make bench`. The forms of a case take turns in one process, JAX with E in one "
-        "of its own. A step is the loss and its gradients, without the optimizer; where the case says so, it is the value alone. "
+        "of its own. A step is the loss and its gradients, without the optimizer; where the case "
+        "says so, it is the value alone. "
         f"{columns}. What is blank has no such form; – did not run, for the reason given below "
         "the table.",
         "",
