@@ -12,6 +12,7 @@ from passes.graph import arguments, drop_dead, finish, is_impure, needs, reaches
 from passes.markers import GRADIENT, LEAF, POINT, STOP, TANGENT
 from passes.order import sort_nodes
 from passes.origin import note_new
+from passes.simplify.aliases import merge_views
 from passes.simplify.common import merge_common
 
 
@@ -60,13 +61,14 @@ _DERIVATIVES = (GRADIENT, TANGENT)
 
 
 def _merge_expressions(graph: Graph) -> int:
-    """Merge nodes that call the same operator on the same nodes.
+    """Merge nodes that call the same operator on the same nodes, and views of views.
 
     A node that a derivative is taken at is a variable to it: an equal expression is a constant.
     """
     marks = [node for node in graph.nodes if node.target in _DERIVATIVES]
     variables = {node for node in graph.nodes if node.target in _VARIABLES}
-    return merge_common(graph, apart=variables.union(*(arguments(mark)[1] for mark in marks)))
+    variables = variables.union(*(arguments(mark)[1] for mark in marks))
+    return merge_views(graph, variables) + merge_common(graph, variables)
 
 
 def _looked_through(node: Node, active: set[Node]) -> bool:

@@ -15,7 +15,9 @@ from torch.fx import GraphModule, Node
 from passes.contraction.along import along_layer, first_layers, stacked
 from passes.contraction.directions import Direction, Part, explicit_of
 from passes.contraction.terms import Base, Computed, Factor, Index, example_of, leaves_of
+from passes.graph import drop_dead, finish
 from passes.nest import dissolve_marks
+from passes.simplify.narrow import narrow_stacks
 from passes.taylor import Jets, push_series
 from passes.taylor.jets import Series, plus
 from passes.tracing import fake_mode_of, trace
@@ -93,6 +95,11 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
 
     module = trace(compute, examples, fake_mode_of(examples))
     dissolve_marks(module)
+    while narrow_stacks(
+        module.graph
+    ):  # what the joint graph's reverse pass then need not pull back
+        drop_dead(module.graph)
+    finish(module)
     return Lowered(module, inputs)
 
 

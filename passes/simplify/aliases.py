@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -34,25 +34,43 @@ def _is_identity_permutation(node: Node) -> bool:
     return list(dims) == list(range(len(dims)))
 
 
-def merge_views(graph: Graph) -> int:
-    """``permute(permute(x, p), q) → permute(x, p∘q)`` and ``reshape(reshape(x, …), s) → reshape(x,
-    s)``, where the result is laid out the same."""
+def merge_views(graph: Graph, apart: Set[Node] = frozenset()) -> int:
+    """``permute(permute(x, p), q) → permute(x, p∘q)``, ``reshape(v(x), s) → reshape(x, s)`` and
+    ``v(w(x)) → x``, for views v and w that leave the order of elements alone, where the result is
+    laid out the same; the nodes in ``apart`` stay, and are not looked through."""
     changes = 0
     for node in list(graph.nodes):
         inner = node.args[0] if node.args else None
-        if node.target not in _MERGED or not isinstance(inner, Node) or not node.users:
+        if node.op != "call_function" or not isinstance(inner, Node) or not node.users:
             continue
-        if inner.target is not node.target or node.kwargs or inner.kwargs:
+        if node in apart or inner in apart:
             continue
-        source, how = arguments(inner)[0], arguments(node)[1]
-        if node.target is aten.permute.default:
-            how = _composed(arguments(inner)[1], how)
-        target: Any = node.target
-        made = target(value_of(source), torch.fx.map_arg(how, value_of))
-        if are_equal(made.stride(), value_of(node).stride()):
-            node.args = (source, how)
-            changes += 1
+        if node.target in IN_ORDER and inner.target in IN_ORDER:
+            changes += _merge_in_order(graph, node, inner)
+        elif node.target is inner.target is aten.permute.default:
+            source, first = arguments(inner)
+            order = _composed(first, arguments(node)[1])
+            if are_equal(value_of(source).permute(order).stride(), value_of(node).stride()):
+                node.args = (source, order)
+                changes += 1
     return changes
+
+
+def _merge_in_order(graph: Graph, node: Node, inner: Node) -> int:
+    source = arguments(inner)[0]
+    before, after = value_of(source), value_of(node)
+    if are_equal(before.shape, after.shape) and are_equal(before.stride(), after.stride()):
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        return 1
+    if node.target is not aten.reshape.default:
+        return 0
+    sizes = arguments(node)[1]
+    made = before.reshape(torch.fx.map_arg(sizes, value_of))
+    if not are_equal(made.stride(), after.stride()):
+        return 0
+    node.args = (source, sizes)
+    return 1
 
 
 def _composed(first: Sequence[int], second: Sequence[int]) -> list[int]:
@@ -60,7 +78,10 @@ def _composed(first: Sequence[int], second: Sequence[int]) -> list[int]:
     return [first[d] % len(first) for d in second]
 
 
-_MERGED = {aten.permute.default, aten.reshape.default}
+IN_ORDER = {
+    aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+}  # fmt: skip
 
 
 def _neutral(number: Any) -> Callable[[Node], bool]:

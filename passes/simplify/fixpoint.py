@@ -12,7 +12,7 @@ from passes.simplify.contractions import contract_first
 from passes.simplify.factors import keep_factors
 from passes.simplify.filled import fold_filled
 from passes.simplify.masks import narrow_masks
-from passes.simplify.narrow import narrow_products
+from passes.simplify.narrow import narrow_products, narrow_stacks
 from passes.simplify.rows import multiply_rows_once
 from passes.simplify.scales import merge_products, share_scaled
 from passes.simplify.sums import gather_sums
@@ -32,6 +32,7 @@ RULES = (
     contract_first,
     multiply_rows_once,
     narrow_products,
+    narrow_stacks,
 )
 # Of what the others have left: it changes more of a graph than they know again.
 LAST = (keep_factors,)

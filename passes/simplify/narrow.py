@@ -5,7 +5,10 @@ others zero; of what comes back one column is read. With a column s in the colum
 
     mm(0 … s … 0, B) = mm(s, B[a:b]),    mm(A, B)[:, a:b] = mm(A, B[:, a:b])
 
-and what is left with an inner dimension of one is no sum: a column times a row.
+and what is left with an inner dimension of one is no sum: a column times a row. Of a stack of
+matrices, which are multiplied as one with a matrix for each below the other, some may be read:
+
+    (X₁; X₂; …) B, of which only X₁ B is read = X₁ B
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 from torch.fx import Graph, Node
 
 from passes.graph import arguments, is_equal, is_float, value_of
-from passes.simplify.emit import call
+from passes.simplify.aliases import IN_ORDER
+from passes.simplify.emit import call, size_of
 from passes.simplify.filled import filling
 
 aten = torch.ops.aten
@@ -50,6 +54,60 @@ def narrow_products(graph: Graph) -> int:
         graph.erase_node(read)
         changes += 1
     return changes
+
+
+def narrow_stacks(graph: Graph) -> int:
+    """``select(reshape(mm(reshape(X), B)), 0, k) → reshape(mm(reshape(select(X, 0, k)), B))``,
+    where not all of X is read."""
+    changes = 0
+    for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
+        stack = node
+        while len(stack.users) == 1 and (user := next(iter(stack.users))).target in IN_ORDER:
+            stack = user
+        if stack is node or not _is_read_in_part(stack):
+            continue
+        x, matrix = arguments(node)
+        while x.target in IN_ORDER and not _has_size(x, value_of(stack).shape[0]):
+            x = arguments(x)[0]
+        if not _has_size(x, value_of(stack).shape[0]):
+            continue
+        for read in list(stack.users):
+            with graph.inserting_before(read):
+                made = _one_of_stack(graph, x, matrix, read)
+            if made is not None:
+                read.replace_all_uses_with(made)
+                graph.erase_node(read)
+                changes += 1
+    return changes
+
+
+def _is_read_in_part(stack: Node) -> bool:
+    """Whether only some places of the first dimension are read, each by its number."""
+    size = value_of(stack).shape[0] if value_of(stack).dim() > 1 else 0
+    if not isinstance(size, int) or not stack.users:
+        return False
+    read = set[int]()
+    for user in stack.users:
+        dim, place = arguments(user)[1:] if user.target is aten.select.int else (None, None)
+        if dim != 0 or not isinstance(place, int):
+            return False
+        read.add(place % size)
+    return len(read) < size
+
+
+def _has_size(node: Node, size: int) -> bool:
+    value = value_of(node)
+    return value.dim() > 2 and is_equal(value.shape[0], size)
+
+
+def _one_of_stack(graph: Graph, x: Node, matrix: Node, read: Node) -> Node | None:
+    shape = [size if isinstance(size, int) else -1 for size in value_of(read).shape]
+    if shape.count(-1) > 1 or 0 in shape:
+        return None
+    one = call(graph, aten.select.int, (x, 0, arguments(read)[2]), {}, read)
+    rows = call(graph, aten.reshape.default, (one, [-1, size_of(graph, matrix, 0)]), {}, read)
+    product = call(graph, aten.mm.default, (rows, matrix), {}, read)
+    return call(graph, aten.reshape.default, (product, shape), {}, read)
 
 
 def _of_part(graph: Graph, node: Node) -> Node | None:

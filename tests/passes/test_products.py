@@ -9,11 +9,12 @@ from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.graph import drop_dead
-from passes.simplify.aliases import merge_views
+from passes.simplify.aliases import drop_aliases, merge_views
 from passes.simplify.batches import fold_batches
 from passes.simplify.common import merge_common
 from passes.simplify.contractions import contract_first
 from passes.simplify.filled import fold_filled
+from passes.simplify.narrow import narrow_stacks
 from tests.oracle import check, flops_per_forward
 from tests.passes.flat import random_points
 from tests.passes.test_simplify import Case, assert_rule
@@ -43,7 +44,19 @@ VIEWS = {
     "reshapes": Case(
         lambda x: aten.reshape(aten.reshape(x, [3, 12]), [4, 9]).sin(), (BATCH,), 1, (VIEW, "sin")
     ),
+    "there and back": Case(
+        lambda x: x.unsqueeze(1).reshape(5, 4).sin(), (A,), 1, ("sin",)
+    ),
+    "by two ways": Case(
+        lambda x: x.unsqueeze(1).reshape(1, 5, 1, 4).squeeze([0, 2]).sin(), (A,), 2, ("sin",)
+    ),
+    "unsqueezed": Case(
+        lambda x: x.unsqueeze(0).reshape(2, 10).sin(), (A,), 1, (VIEW, "sin")
+    ),
     # What must stay.
+    "squeezed": Case(
+        lambda x: x.reshape(5, 1, 4, 1).squeeze(1).sin(), (A,), 0, (VIEW, "squeeze.dim", "sin")
+    ),
     "read between": Case(
         lambda x: ((y := x.permute(1, 0)).sin(), y.permute(1, 0).cos()), (A,), 1,
         (TURN, "sin", TURN, "cos"),
@@ -70,6 +83,48 @@ def test_merge_views(name: str) -> None:
 
 def constant(number: float, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.full((), number, dtype=dtype).expand(shape)
+
+
+STACK = (3, 5, 4)
+STACKS = {
+    "one": Case(
+        lambda x, w: (x.reshape(15, 4) @ w).reshape(3, 5, 3)[1].sin(), (STACK, B), 1,
+        ("select.int", MM, "sin"),
+    ),
+    "two": Case(
+        lambda x, w: [y := (x.reshape(15, 4) @ w).reshape(3, 5, 3), y[0].sin() + y[-1].cos()][1],
+        (STACK, B), 2, ("select.int", MM, "sin", "select.int", MM, "cos", "add.Tensor"),
+    ),
+    # What must stay.
+    "all": Case(
+        lambda x, w: [y := (x.reshape(15, 4) @ w).reshape(3, 5, 3), y[0] + y[1] + y[2]][1],
+        (STACK, B), 0,
+        (VIEW, MM, VIEW, "select.int", "select.int", "add.Tensor", "select.int", "add.Tensor"),
+    ),
+    "another stack": Case(
+        lambda x, w: (x.reshape(15, 4) @ w).reshape(5, 3, 3)[1].sin(), (STACK, B), 0,
+        (VIEW, MM, VIEW, "select.int", "sin"),
+    ),
+    "of columns": Case(
+        lambda x, w: (x.reshape(15, 4) @ w).reshape(3, 5, 3).select(1, 0).sin(), (STACK, B), 0,
+        (VIEW, MM, VIEW, "select.int", "sin"),
+    ),
+}  # fmt: skip
+
+
+def as_reshapes(graph: Graph) -> int:
+    """As in a captured graph, where no view relies on a layout."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    changes = narrow_stacks(graph)
+    drop_aliases(graph)
+    drop_dead(graph)
+    return changes
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_narrow_stacks(name: str) -> None:
+    assert_rule(as_reshapes, STACKS[name])
 
 
 FILLED = {

@@ -268,6 +268,23 @@ def test_gradients_at_equal_points(inputs: list[Tensor]) -> None:
     assert_rewrites(loss, *inputs)
 
 
+def test_views_of_views(inputs: list[Tensor]) -> None:
+    """``x → (5, 1, 3) → (5, 3)`` is x; but not where a derivative is taken in between."""
+
+    def around(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
+        p = m.leaf(x)
+        return m.gradient(net(p.unsqueeze(1).squeeze(1), w), p).square().sum()
+
+    def between(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
+        p = m.leaf(x)
+        v = p.unsqueeze(1)
+        return m.gradient(net(v.squeeze(1), w) * net(p, w), v).square().sum()
+
+    module, _ = assert_rewrites(around, *inputs)
+    assert calls(module, aten.unsqueeze.default) == 0
+    assert_rewrites(between, *inputs)
+
+
 def test_seeds_tell_gradients_apart(inputs: list[Tensor]) -> None:
     def loss(m: Marks, x: Tensor, w: Tensor, c: Tensor) -> Any:
         p = m.leaf(x)

@@ -309,6 +309,9 @@ def test_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     loss(net, points())
     loss(net, points())
     told = [record.getMessage() for record in caplog.records]
+    told = [
+        text for text in told if not text.startswith("rewriting penalty took")
+    ]  # if it was slow
     first = [text.splitlines()[0] for text in told]
     assert first == [f"{name} of penalty" for name in ("sites", "choices", "stages", "code")]
     assert "torch.autograd.grad" in told[0] and "FLOP" in told[1] and "passes.joint" in told[2]
