@@ -10,16 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-# Graphs are cycles, which wake the collector; what PyTorch imports need not be walked through each
-# time. It is a tenth of the tests' time.
-gc.freeze()
+# Graphs are cycles, which wake the collector.
 gc.set_threshold(50_000, 20, 100)
+
+# Dynamo times its guards once per capture, after it has emptied the caches: for its logs.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 # Programs per family: the same in every run of the tests; others each time for `make fuzz`, which
 # also makes a failing one smaller (minutes).
 settings.register_profile(
     "tests",
-    max_examples=10,
+    max_examples=5,
     derandomize=True,
     database=None,
     deadline=None,
@@ -34,6 +35,15 @@ settings.register_profile(
     phases=[Phase.generate, Phase.shrink],
 )
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> Iterator[None]:
+    """What is imported and cached so far is not walked through by the collector again: a capture
+    that fails collects everything, which would take a second of each later test."""
+    gc.collect()
+    gc.freeze()
+    yield
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,17 @@ def outcome(
 ) -> Outcome:
     """Run ``loss(*modules, *args)`` and ``.backward()`` on copies; return value, gradients, buffers
     and the generator."""
-    own = copy.deepcopy(modules)
+    return step(loss, copy.deepcopy(modules), args, kwargs)
+
+
+def step(
+    loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwargs: dict
+) -> Outcome:
+    """Do the same on the modules themselves, whose gradients are cleared before: a copy of a
+    towered module would be captured anew."""
+    own = modules
+    for module in own:
+        module.zero_grad()
     tensors = [_copy(x) for x in args]
     torch.manual_seed(SEED)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative in eager

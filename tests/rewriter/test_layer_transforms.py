@@ -98,8 +98,15 @@ REFUSED_BY_EAGER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("network", NAMES)
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+# Each form around two networks, and each network in three forms, in every run; Tanh in all.
+@pytest.mark.parametrize(
+    ("form", "network"),
+    [
+        pytest.param(form, name, marks=[] if (i + j) % 3 == 0 or not j else [pytest.mark.slow])
+        for i, form in enumerate(FORMS)
+        for j, name in enumerate(NAMES)
+    ],
+)
 # PyTorch says so where it has no batching rule.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_forms(form: Callable[..., Tensor], network: str) -> None:
@@ -149,7 +156,7 @@ def test_batch_sizes() -> None:
     fast = towered(net)
 
     def form(module: nn.Module, x: Tensor) -> Tensor:
-        return vmap(hessian(lambda z: module(z).sum()))(x)
+        return vmap(jacrev(lambda z: module(z).sum()))(x)
 
     counts = []
     for size in (5, 7, 9, 4, 13, 1, 0, 5):
@@ -291,10 +298,10 @@ PAINS = {
 @pytest.mark.parametrize("name", PAINS)
 def test_what_stock_compilation_refuses_or_gets_wrong(name: str) -> None:
     """FACTS of PyTorch 2.13: none of these compiles. BatchNorm in train mode is above."""
-    net = mlp(nn.Tanh, 4, 8, 4)
+    net = mlp(nn.Tanh, 2, 4, 3)
     if "BatchNorm" in name:
-        net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()).double().eval()
-    x = torch.randn(5, 4, dtype=D)
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()).double().eval()
+    x = torch.randn(5, 3, dtype=D)
     mine = outcome(PAINS[name], [towered(net)], (x,), {})
     assert_same(mine, outcome(PAINS[name], [net], (x,), {}))
 
