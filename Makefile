@@ -54,7 +54,7 @@ N ?= 1000
 .PHONY: fuzz
 fuzz: setup ## Compare random programs with themselves as written, others each time (N=5000)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 8)) \
-		$(BIN)/python -m pytest tests/test_fuzz.py -s --hypothesis-profile=fuzz $(ARGS)
+		$(BIN)/python -m pytest tests/test_fuzz.py -s -m "not slow" --hypothesis-profile=fuzz $(ARGS)
 
 # What builds the documentation site; without it the test that does so is skipped.
 $(VENV)/.docs: $(STAMP)

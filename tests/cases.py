@@ -120,9 +120,9 @@ class Residual(nn.Module):
 
 
 def _mlp(activation: Callable[[], nn.Module]) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(3, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 2)
-    )
+    """One hidden layer; two, where a layer's derivative meets the next one's, for a few."""
+    more = [nn.Linear(5, 5), activation()] if activation in (nn.Tanh, nn.SiLU, nn.ReLU) else []
+    return nn.Sequential(nn.Linear(3, 5), activation(), *more, nn.Linear(5, 2))
 
 
 def _points(*shape: int) -> Callable[[], Tensor]:

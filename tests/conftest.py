@@ -37,6 +37,11 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what goes through a C++ compiler first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("inductor") is None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_heap() -> Iterator[None]:
     """What is imported and cached so far is not walked through by the collector again: a capture

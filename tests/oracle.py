@@ -34,9 +34,7 @@ def outcome(
     return step(loss, copy.deepcopy(modules), args, kwargs)
 
 
-def step(
-    loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwargs: dict
-) -> Outcome:
+def step(loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwargs: dict) -> Outcome:
     """Do the same on the modules themselves, whose gradients are cleared before: a copy of a
     towered module would be captured anew."""
     own = modules
@@ -112,8 +110,8 @@ def check(
     have been captured: one that falls back warns, and warnings are errors here.
     """
     decorated = optimize_nested(loss, **({"backend": "eager"} | options))
+    expected = outcome(loss, reference or modules, args, kwargs or {})
     for _ in range(2):
-        expected = outcome(loss, reference or modules, args, kwargs or {})
         assert_same(outcome(decorated, modules, args, kwargs or {}), expected)
     assert decorated.steps, "nothing was captured"
     return decorated

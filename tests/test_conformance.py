@@ -12,6 +12,7 @@ from tests.conformance import (
     CRASH,
     REFUSED,
     REWRITTEN,
+    SAMPLES,
     TABLE,
     VERSION,
     WRONG,
@@ -53,8 +54,9 @@ KNOWN = entries()
 
 @pytest.mark.filterwarnings("ignore")  # the database builds its samples with deprecated functions
 @pytest.mark.parametrize("name", [name for name in SAMPLE if name in KNOWN])
-def test_entry(name: str) -> None:
-    result = run_entry(name, KNOWN[name])
+@pytest.mark.parametrize("samples", [1, pytest.param(SAMPLES, marks=[pytest.mark.slow])])
+def test_entry(name: str, samples: int) -> None:
+    result = run_entry(name, KNOWN[name], samples)
     assert result.result in (REWRITTEN, BEYOND), f"{result.result}: {result.reason}"
     assert "reverse" in result.strategies
 

@@ -325,7 +325,9 @@ def test_poisson_source_is_that_of_the_solution() -> None:
     assert not poisson.Membrane()(sides).any()
 
 
-def test_layers_run(capsys) -> None:
+def test_layers_run(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = functools.partial(layers.microseconds, calls=3)
+    monkeypatch.setattr(layers, "microseconds", few)
     layers.main(["--backend", "eager", "--rounds", "2"])
     printed = capsys.readouterr().out
     for words in ("as written (eager)", "optimize_nested(net)", "force matching", "difference"):

@@ -53,7 +53,7 @@ def test_penalty(activation: Callable[[], nn.Module]) -> None:
     assert flops_per_forward(loss, net, x) <= limit
 
 
-@pytest.mark.parametrize("activation", [*SMOOTH, *PIECEWISE])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.LeakyReLU])
 @pytest.mark.parametrize("loss", [one_forward, two_forwards, func_form])
 def test_penalty_with_data(
     loss: Callable[..., Tensor], activation: Callable[[], nn.Module]

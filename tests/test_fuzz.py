@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, note, reject
+from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 
 from tests.programs import FAMILIES, Discarded, Fallback, Program, programs, run
@@ -77,11 +77,13 @@ def check(program: Program, tally: Tally) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=[pytest.mark.slow])])
 # PyTorch says so of `nn.Bilinear` under a vmap.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_programs(family: str) -> None:
+def test_programs(family: str, times: int) -> None:
     tally = Tally(family)
 
+    @settings(max_examples=times * settings().max_examples)
     @given(st.data())
     def each(data: st.DataObject) -> None:
         program = data.draw(programs(family))

@@ -150,10 +150,13 @@ def test_users_own_error_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
 
 def test_program() -> None:
     """`python -m rewriter` is the same program."""
-    for words, said in ((["--version"], __version__), (["completion", "bash"], "complete")):
-        command = [sys.executable, "-m", "rewriter", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert said in done.stdout
+    command = [sys.executable, "-m", "rewriter", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert __version__ in done.stdout
+
+
+def test_completion(run: Run) -> None:
+    assert "complete" in good(run("completion", "bash"))
 
 
 def test_compile_and_run(run: Run, tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ def functional_call(net: nn.Module, x: Tensor) -> Tensor:
 @CONSTANTS
 @pytest.mark.parametrize("loss", FORMS, ids=lambda f: f.__name__)
 def test_form(loss: Callable[..., Tensor]) -> None:
-    net = mlp(nn.Tanh, 3, 6, 2)
+    net = mlp(nn.Tanh, 2, 6, 2)
     torch.manual_seed(0)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     report = check(loss, [net], x).explain(net, x)
@@ -418,7 +418,7 @@ def test_form(loss: Callable[..., Tensor]) -> None:
 
 
 @CONSTANTS
-@pytest.mark.parametrize("loss", FORMS[::3], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("loss", FORMS[::5], ids=lambda f: f.__name__)
 def test_form_with_a_dynamic_batch(loss: Callable[..., Tensor]) -> None:
     if loss.__name__ in (
         "grad_outputs",
@@ -429,7 +429,7 @@ def test_form_with_a_dynamic_batch(loss: Callable[..., Tensor]) -> None:
         "interpolates",
     ):
         pytest.skip("the loss itself fixes the batch size")
-    net = mlp(nn.Tanh, 3, 6, 2)
+    net = mlp(nn.Tanh, 2, 6, 2)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     check(loss, [net], x, dynamic=True)
 
@@ -443,7 +443,7 @@ def test_two_graphs_share_nothing_across_points() -> None:
         (gq,) = grad((net(p) * net(q).square()).sum(), q, create_graph=True)
         return (gp * gq).sum()
 
-    check(loss, [mlp(nn.Tanh, 3, 6, 2)], torch.randn(5, 2, dtype=torch.float64))
+    check(loss, [mlp(nn.Tanh, 2, 6, 2)], torch.randn(5, 2, dtype=torch.float64))
 
 
 # forward mode: what stock Dynamo breaks on, crashes in or gets wrong
@@ -543,7 +543,7 @@ def test_forward_mode_through(activation: Callable[[], nn.Module]) -> None:
     """Operators whose backward operator PyTorch does not differentiate."""
     torch.manual_seed(0)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    check(func_jvp, [mlp(activation, 3, 6, 2)], x)
+    check(func_jvp, [mlp(activation, 2, 6, 2)], x)
 
 
 @pytest.mark.parametrize("activation", [nn.CELU, nn.PReLU, nn.Softshrink])
@@ -551,14 +551,19 @@ def test_directions_in_a_batch(activation: Callable[[], nn.Module]) -> None:
     """Operators for which PyTorch's own rule is taken."""
     torch.manual_seed(0)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    check(func_jacfwd, [mlp(activation, 3, 6, 2)], x)
+    check(func_jacfwd, [mlp(activation, 2, 6, 2)], x)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("loss", FORWARD, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("loss", "dynamic"),
+    [
+        *(pytest.param(f, None, id=f.__name__) for f in FORWARD),
+        *(pytest.param(f, True, id=f"{f.__name__}-True") for f in FORWARD[::3]),
+    ],
+)
 def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
     torch.manual_seed(0)
-    net = mlp(nn.Tanh, 3, 6, 2)
+    net = mlp(nn.Tanh, 2, 6, 2)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     report = check(loss, [net], x, dynamic=dynamic).explain(net, x)
     assert report.sites, "no derivative was found"
@@ -605,7 +610,7 @@ def forward_mode_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
 )
 def test_refused_and_right(loss: Callable[..., Tensor], reason: str) -> None:
     """Runs as written, and says why."""
-    net = mlp(nn.Tanh, 3, 6, 2)
+    net = mlp(nn.Tanh, 2, 6, 2)
     torch.manual_seed(0)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     expected = outcome(loss, [net], (x,), {})
@@ -698,6 +703,6 @@ def functional_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", FUNCTIONAL, ids=lambda f: f.__name__)
 def test_functional(loss: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    net = mlp(nn.Tanh, 3, 6, 2)
+    net = mlp(nn.Tanh, 2, 6, 2)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     assert check(loss, [net], x).explain(net, x).sites, "no derivative was found"

@@ -265,12 +265,12 @@ def test_products_with_rows_that_mix() -> None:
     assert largest(report) < (ROWS * DIM) ** 2
 
 
-def test_open_sizes() -> None:
+@pytest.mark.parametrize("use", [vjv, pytest.param(normal, marks=[pytest.mark.slow])])
+def test_open_sizes(use: Callable[..., Tensor]) -> None:
     net, v = network(), random(ROWS, DIM)
-    for use in (vjv, normal):
-        decorated = check(contracted(reverse, use), [net], v, v, dynamic=True)
-        report = decorated.explain(net, v, v)
-        assert {site.strategy for site in report.sites} == {"contraction"}
+    decorated = check(contracted(reverse, use), [net], v, v, dynamic=True)
+    report = decorated.explain(net, v, v)
+    assert {site.strategy for site in report.sites} == {"contraction"}
 
 
 def test_inside_of_a_gradient() -> None:

@@ -80,10 +80,27 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make().double()
 
 
-@pytest.mark.parametrize("name", INNER)
-@pytest.mark.parametrize(
-    ("make", "shape"), [(dense, (4, 2)), (conv, (2, 2, 3, 3))], ids=["I1-I4", "I5-I8"]
-)
+def _each(dense: Any, conv: Any, ids: tuple[str, str]) -> Any:
+    """Every way around both networks; forward mode around convolutions is slow."""
+    return pytest.mark.parametrize(
+        ("make", "shape", "name"),
+        [
+            pytest.param(
+                make,
+                shape,
+                name,
+                id=f"{number}-{name}",
+                marks=[pytest.mark.slow] if make is conv and "forward" in name else [],
+            )
+            for (make, shape), number in zip(
+                [(dense, (4, 2)), (conv, (2, 2, 3, 3))], ids, strict=True
+            )
+            for name in INNER
+        ],
+    )
+
+
+@_each(dense, conv, ("I1-I4", "I5-I8"))
 def test_with_respect_to_inputs(
     make: Callable[[], nn.Module], shape: tuple[int, ...], name: str
 ) -> None:
@@ -258,8 +275,7 @@ def test_hutchinson_three_ways() -> None:
     v = _points(12, 4).detach().sign()
     found = []
     for loss in (by_vjp, by_jvp, by_jacobian):
-        check(loss, [_seeded(make)], _points(12, 4), v)
-        decorated = optimize_nested(loss, backend="eager")
+        decorated = check(loss, [_seeded(make)], _points(12, 4), v)
         found.append(outcome(decorated, [_seeded(make)], (_points(12, 4), v), {}))
     for other in found[1:]:
         assert_same(other, found[0])
@@ -319,12 +335,7 @@ def _of_parameters(net: nn.Module, x: Tensor, energy: bool) -> Callable[..., Ten
     return at
 
 
-@pytest.mark.parametrize("name", INNER)
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(dense_for_parameters, (4, 2)), (conv_for_parameters, (2, 2, 3, 3))],
-    ids=["P1-P4", "P5-P8"],
-)
+@_each(dense_for_parameters, conv_for_parameters, ("P1-P4", "P5-P8"))
 def test_with_respect_to_parameters(
     make: Callable[[], nn.Module], shape: tuple[int, ...], name: str
 ) -> None:

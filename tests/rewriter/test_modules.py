@@ -75,18 +75,20 @@ class Attention(nn.Module):
         return found if weights is None else found * weights.sum()
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "training"),
     [
-        lambda: Attention(dropout=0.3, batch_first=True),
-        lambda: Attention(add_bias_kv=True, bias=False),
-        lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True),
-        lambda: nn.TransformerEncoderLayer(
-            4, 2, 8, dropout=0.3, norm_first=True, activation="gelu"
+        (lambda: Attention(dropout=0.3, batch_first=True), True),
+        (lambda: Attention(add_bias_kv=True, bias=False), False),
+        (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True), False),
+        (
+            lambda: nn.TransformerEncoderLayer(
+                4, 2, 8, dropout=0.3, norm_first=True, activation="gelu"
+            ),
+            True,
         ),
     ],
-    ids=["attention", "bias_kv", "encoder", "norm_first"],
+    ids=["attention-train", "bias_kv-eval", "encoder-eval", "norm_first-train"],
 )
 def test_attention(make: Callable[[], nn.Module], training: bool) -> None:
     torch.manual_seed(0)

@@ -55,8 +55,6 @@ def points(*shape: int) -> Tensor:
         (nn.RNN, {"batch_first": True}),
         (nn.LSTM, {"batch_first": True}),
         (nn.GRU, {}),
-        (nn.RNN, {"num_layers": 3, "dropout": 0.5, "batch_first": True}),
-        (nn.LSTM, {"num_layers": 2, "dropout": 0.5}),
         (nn.GRU, {"num_layers": 2, "dropout": 0.5}),
         (nn.RNN, {"num_layers": 2, "dropout": 0.5, "bidirectional": True, "bias": False}),
         (nn.LSTM, {"proj_size": 2}),
