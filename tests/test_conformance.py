@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -49,14 +50,16 @@ SAMPLE = (
     "nn.MultiMarginLoss", "nn.GRUCell",
 )  # fmt: skip
 
-KNOWN = entries()
+known = functools.cache(entries)  # its import takes seconds
 
 
 @pytest.mark.filterwarnings("ignore")  # the database builds its samples with deprecated functions
-@pytest.mark.parametrize("name", [name for name in SAMPLE if name in KNOWN])
+@pytest.mark.parametrize("name", SAMPLE)
 @pytest.mark.parametrize("samples", [1, pytest.param(SAMPLES, marks=[pytest.mark.slow])])
 def test_entry(name: str, samples: int) -> None:
-    result = run_entry(name, KNOWN[name], samples)
+    if name not in known():
+        pytest.skip(f"torch {VERSION} has no such entry")
+    result = run_entry(name, known()[name], samples)
     assert result.result in (REWRITTEN, BEYOND), f"{result.result}: {result.reason}"
     assert "reverse" in result.strategies
 
@@ -78,5 +81,5 @@ def test_table() -> None:
 def test_table_has_every_entry() -> None:
     if written_for() != VERSION:
         pytest.skip(f"the table was written for torch {written_for()}, this is {VERSION}")
-    assert list(lines_of(TABLE.read_text())) == list(KNOWN)
-    assert [name for name in SAMPLE if name not in KNOWN] == []
+    assert list(lines_of(TABLE.read_text())) == list(known())
+    assert [name for name in SAMPLE if name not in known()] == []
