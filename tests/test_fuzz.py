@@ -83,14 +83,13 @@ def check(program: Program, tally: Tally) -> None:
 def test_programs(family: str, times: int) -> None:
     tally = Tally(family)
 
-    @settings(max_examples=times * settings().max_examples)
     @given(st.data())
     def each(data: st.DataObject) -> None:
         program = data.draw(programs(family))
         note(repr(program))
         check(program, tally)
 
-    each()
+    settings(max_examples=times * settings().max_examples)(each)()
     print(tally)
     assert tally.discarded <= 0.5 * tally.counts.total(), f"most programs say nothing:\n{tally}"
     assert tally.compared >= 0.5 * tally.counts.total(), f"most programs are not compared:\n{tally}"
