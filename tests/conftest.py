@@ -1,4 +1,5 @@
-"""Each test starts without anything compiled before; how many random programs there are."""
+"""Each test starts without anything compiled before, and on a small heap; the order of the tests;
+how many random programs there are."""
 
 from __future__ import annotations
 

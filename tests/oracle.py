@@ -35,24 +35,24 @@ def outcome(
 
 
 def step(loss: Callable[..., Any], modules: list[nn.Module], args: tuple, kwargs: dict) -> Outcome:
-    """Do the same on the modules themselves, whose gradients are cleared before: a copy of a
-    towered module would be captured anew."""
-    own = modules
-    for module in own:
+    """Do what `outcome` does on the modules themselves, and clear their gradients before: a copy of
+    a towered module would be captured anew."""
+    for module in modules:
         module.zero_grad()
     tensors = [_copy(x) for x in args]
     torch.manual_seed(SEED)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative in eager
-        value = loss(*own, *tensors, **kwargs)
+        value = loss(*modules, *tensors, **kwargs)
         if isinstance(value, Tensor) and value.requires_grad:
             value.backward()
-    grads = {f"{i}.{name}": p.grad for i, m in enumerate(own) for name, p in m.named_parameters()}
+    named = [(f"{i}.{n}", p) for i, m in enumerate(modules) for n, p in m.named_parameters()]
+    grads = {name: p.grad for name, p in named}
     grads |= {
         f"argument {i}": x.grad
         for i, x in enumerate(tensors)
         if isinstance(x, Tensor) and x.is_leaf
     }
-    buffers = {f"{i}.{name}": b for i, m in enumerate(own) for name, b in m.named_buffers()}
+    buffers = {f"{i}.{name}": b for i, m in enumerate(modules) for name, b in m.named_buffers()}
     return Outcome(value.detach(), grads, buffers, torch.get_rng_state())
 
 
