@@ -11,6 +11,7 @@ from passes.simplify.common import merge_common
 from passes.simplify.contractions import contract_first
 from passes.simplify.factors import keep_factors
 from passes.simplify.filled import fold_filled
+from passes.simplify.groups import fold_groups
 from passes.simplify.masks import narrow_masks
 from passes.simplify.narrow import narrow_products, narrow_stacks
 from passes.simplify.rows import multiply_rows_once
@@ -26,6 +27,7 @@ RULES = (
     narrow_masks,
     merge_common,
     fold_batches,
+    fold_groups,
     gather_sums,
     share_scaled,
     merge_products,

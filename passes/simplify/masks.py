@@ -7,7 +7,9 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from passes.graph import arguments
+from passes.graph import arguments, value_of
+from passes.simplify.emit import call
+from passes.simplify.filled import RESHAPES
 
 aten = torch.ops.aten
 
@@ -17,7 +19,8 @@ def narrow_masks(graph: Graph) -> int:
     that result alone.
 
     Autograd asks for input, weight and bias gradients in one call; of the inner gradient usually
-    the first is needed and of its tangent the second. The bias' gradient becomes a plain sum.
+    the first is needed and of its tangent the second. The bias' gradient becomes a plain sum, and
+    what only gives a shape an empty tensor of it.
     """
     changes = 0
     for node in list(
@@ -28,6 +31,7 @@ def narrow_masks(graph: Graph) -> int:
         if mask[2] and 2 in used:
             changes += _bias_as_sum(graph, node)
             used.discard(2)
+        changes += _forget_weight(graph, node) if mask == [False, True, False] else 0
         if sum(mask) == 1 and len(used) <= 1:
             continue
         for item in list(node.users):
@@ -44,6 +48,22 @@ def narrow_masks(graph: Graph) -> int:
         if not node.users:
             graph.erase_node(node)
     return changes
+
+
+def _forget_weight(graph: Graph, node: Node) -> int:
+    """Its own gradient reads the shape of a weight alone; one that is repeated need not be."""
+    source = weight = arguments(node)[2]
+    while source.target in RESHAPES or source.target is aten.clone.default:
+        source = arguments(source)[0]
+    value = value_of(weight)
+    if source is weight or source.target is not aten.expand.default:
+        return 0
+    with graph.inserting_before(node):
+        single = arguments(source)[0]
+        nothing = call(graph, aten.new_empty.default, (single, []), {}, weight)
+        shape = call(graph, aten.expand.default, (nothing, list(value.shape)), {}, weight)
+    node.replace_input_with(weight, shape)
+    return 1
 
 
 def _bias_as_sum(graph: Graph, node: Node) -> int:

@@ -99,6 +99,24 @@ def of_sequences() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 24), Normalized(24), nn.Tanh(), nn.Linear(24, 20)).double()
 
 
+def convolutions(groups: int = 1) -> nn.Module:
+    """Windows that overlap and leave a rest."""
+    first, second = nn.Conv2d(8, 24, 3, padding=1, stride=2), nn.Conv2d(24, 32, 2, groups=groups)
+    return nn.Sequential(first, nn.Tanh(), second).double()
+
+
+def transposed() -> nn.Module:
+    """The second puts rows and columns back that the first has left out."""
+    first = nn.Conv1d(8, 24, 3, stride=2, dilation=2)
+    second = nn.ConvTranspose1d(24, 32, 3, stride=2, padding=1, output_padding=1)
+    return nn.Sequential(first, nn.Tanh(), second).double()
+
+
+def normalized_groups() -> nn.Module:
+    layers = nn.Conv1d(12, 24, 1), nn.GroupNorm(4, 24), nn.Tanh(), nn.Conv1d(24, 20, 1)
+    return nn.Sequential(*layers).double()
+
+
 @dataclass(frozen=True)
 class Subject:
     """A loss, its network and points.
@@ -135,6 +153,11 @@ def subjects() -> dict[str, Subject]:
         "clipped": Subject(clipped, mlp(16), (12, 2), 65352, 256),
         "one by one": Subject(one_by_one, mlp(16), (3, 2), 4224, 256),
         "sequences": Subject(squared_norms, of_sequences(), (6, 3, 2), 120096, 480),
+        "convolutions": Subject(squared_norms, convolutions(2), (6, 8, 4, 5), 534144, 2592),
+        "convolutions, Gram": Subject(gram, convolutions(), (6, 8, 4, 5), 1088064, 3072),
+        "convolutions, clipped": Subject(clipped, convolutions(), (6, 8, 4, 5), 1117152, 3072),
+        "transposed": Subject(squared_norms, transposed(), (5, 8, 8), 312000, 2304),
+        "groups": Subject(squared_norms, normalized_groups(), (6, 1, 12, 2), 90048, 480),
     }
 
 

@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import arguments, elements, has_hints, value_of
+from passes.graph import elements, has_hints, value_of
+from passes.simplify.factors.convolutions import is_pulled_back, pulls_back
 from passes.simplify.factors.lowering import Lowering, flops, work
-from passes.simplify.factors.moves import AFTER, VIEWS, Moves, is_multilinear
+from passes.simplify.factors.moves import Moves
+from passes.simplify.factors.operators import VIEWS, expression_of, finishing, is_multilinear
 from passes.simplify.factors.order import MOST_FACTORS
 from passes.simplify.factors.terms import Expression, NotAProduct, leaf
 
 aten = torch.ops.aten
 
-_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor, aten.pow.Tensor_Scalar}
+_POINTWISE = {aten.mul.Tensor, aten.pow.Tensor_Scalar}
 _MATRICES = {aten.mm.default, aten.bmm.default}
+# Operators that have several results.
+_SEVERAL = {aten.split_with_sizes.default, aten.convolution_backward.default}
 # Half the range of float16 is too little for products that were not written.
 _TYPES = (torch.float32, torch.float64, torch.bfloat16)
 _MOST_TERMS = 16
@@ -61,7 +65,7 @@ def keep_factors(graph: Graph) -> int:
     moves = Moves(graph)
     replaced: dict[Node, Node] = {}
     for part in _parts(_find(graph, moves)):
-        replaced |= _cheaper(graph, part)
+        replaced |= _cheaper(graph, part, moves)
     for root, made in replaced.items():
         root.replace_all_uses_with(made)
     for root in sorted(replaced, reverse=True):
@@ -96,12 +100,12 @@ def _read(node: Node, moves: Moves, found: _Found, formed: set[Node]) -> None:
     if not has_kept and not _grows(node) and not _is_in_a_chain(node):
         return
     try:
-        expression = moves.of(node, lambda x: _operand(x, node, moves, found))
+        expression = expression_of(moves, node, lambda x: _operand(x, node, moves, found))
     except NotAProduct:
         return
     is_kept = _saves_memory(node, expression, found.kept) or _is_in_a_chain(node)
     is_kept = is_kept or (node.target in VIEWS and has_kept)
-    is_kept = is_kept and node not in formed and node.target not in AFTER
+    is_kept = is_kept and node not in formed and not finishing(node)
     if len(expression.terms) > _MOST_TERMS or _longest(expression) > (
         _MOST_KEPT if is_kept else MOST_FACTORS
     ):
@@ -136,7 +140,7 @@ def _operand(node: Any, user: Node, moves: Moves, found: _Found) -> Expression:
     if node.target not in VIEWS:
         return leaf(node)
     try:
-        return moves.of(node, lambda x: _operand(x, node, moves, found))
+        return expression_of(moves, node, lambda x: _operand(x, node, moves, found))
     except NotAProduct:
         return leaf(node)
 
@@ -151,7 +155,9 @@ def _has_type(node: Node) -> bool:
 
 
 def _grows(node: Node) -> bool:
-    """Whether an operator makes more than it reads."""
+    """Whether an operator makes more than it reads; that a layer does is no reason to unfold it."""
+    if node.target is aten.convolution.default:
+        return False
     sources = {source for source in _sources(node) if isinstance(value_of(source), Tensor)}
     return elements(value_of(node)) > sum(elements(value_of(source)) for source in sources)
 
@@ -170,9 +176,9 @@ def _is_in_a_chain(node: Node) -> bool:
 
 
 def _users(node: Node) -> Iterator[Node]:
-    """Yield what reads a node; of a split its pieces."""
+    """Yield what reads a node; of what has several results these."""
     for user in node.users:
-        if user.target is aten.split_with_sizes.default:
+        if user.target in _SEVERAL:
             yield from user.users
         else:
             yield user
@@ -180,8 +186,10 @@ def _users(node: Node) -> Iterator[Node]:
 
 def _sources(node: Node) -> Iterator[Node]:
     for source in node.all_input_nodes:
-        if source.target is aten.split_with_sizes.default:
-            yield arguments(source)[0]
+        if source.target is aten.convolution_backward.default:
+            yield from pulls_back(node)
+        elif source.target in _SEVERAL:
+            yield from source.all_input_nodes
         else:
             yield source
 
@@ -194,9 +202,13 @@ def _parts(found: _Found) -> Iterator[_Found]:
         links.add_edges_from((node, s) for s in _sources(node) if s in found.kept)
     for part in networkx.connected_components(links):
         kept, roots = _among(found.kept, part), _among(found.roots, part)
-        products = {node.target for node in kept} & _PRODUCTS
-        if products - _MATRICES or (products and any(map(_is_summed, roots.values()))):
+        has_sums = any(map(_is_summed, roots.values()))
+        if any(n.target in _POINTWISE or (has_sums and _is_matrix(n)) for n in kept):
             yield _Found(kept, roots)
+
+
+def _is_matrix(node: Node) -> bool:
+    return node.target in _MATRICES or is_pulled_back(node)
 
 
 def _is_summed(expression: Expression) -> bool:
@@ -209,7 +221,7 @@ def _among(expressions: Mapping[Node, Expression], part: set[Node]) -> dict[Node
     return {node: found for node, found in expressions.items() if node in part}
 
 
-def _cheaper(graph: Graph, part: _Found) -> dict[Node, Node]:
+def _cheaper(graph: Graph, part: _Found, moves: Moves) -> dict[Node, Node]:
     """Return what to put in place of each root; nothing where that is no less work."""
     lowering = Lowering(graph)
     try:
@@ -217,10 +229,12 @@ def _cheaper(graph: Graph, part: _Found) -> dict[Node, Node]:
     except NotAProduct:
         replaced = {}
     before = [*part.kept, *part.roots]
+    leaves = set().union(*(found.leaves() for found in part.roots.values()))
+    after = [*lowering.made, *(leaf for leaf in leaves if moves.has_made(leaf))]
     # More matrix products have to be worth it.
     grows = sum(map(flops, lowering.made)) > sum(map(flops, before))
     least = WORTH_A_PRODUCT if grows else 1
-    if replaced and least * sum(map(work, lowering.made)) < sum(map(work, before)):
+    if replaced and least * sum(map(work, after)) < sum(map(work, before)):
         return replaced
     lowering.drop()
     return {}

@@ -13,7 +13,8 @@ from torch.fx import Graph, Node
 from passes.contraction.terms import Index
 from passes.graph import are_equal, elements, hint, value_of
 from passes.simplify.emit import call, size_of
-from passes.simplify.factors.moves import AFTER
+from passes.simplify.factors import convolutions
+from passes.simplify.factors.operators import finishing
 from passes.simplify.factors.order import Step, cheapest, key_of
 from passes.simplify.factors.terms import Dim, Expression, NotAProduct, Place, Term, size_of_dim
 
@@ -44,8 +45,8 @@ class Lowering:
         with self.graph.inserting_before(root):
             held = {index for term in expression.terms for index, _ in term.places}
             total = self._pieces(expression, root) if held else self._sum(expression, root)
-            if root.target in AFTER:
-                total = self._call(AFTER[root.target], (total,), root)
+            for target, rest in finishing(root):
+                total = self._call(target, (total, *rest), root)
             return self._laid_out(total, root)
 
     def drop(self) -> None:
@@ -244,9 +245,10 @@ class Lowering:
 
 
 def flops(node: Node) -> int:
-    """Return the multiplications and additions of a matrix product; 0 for anything else."""
+    """Return the multiplications and additions of a matrix product or convolution; 0 for anything
+    else."""
     if node.target not in _MATRICES:
-        return 0
+        return convolutions.flops(node)
     return 2 * elements(value_of(node)) * hint(value_of(node.args[0]).shape[-1])
 
 
@@ -255,14 +257,17 @@ def work(node: Node) -> int:
     value = value_of(node)
     if not isinstance(value, Tensor):
         return 0
-    if node.target in _MATRICES:
+    if flops(node):
         return flops(node) + elements(value)
+    if node.target in _FOLDS:
+        return max(elements(value), elements(value_of(node.args[0])))
     if node.target in _SUMS:
         return elements(value_of(node.args[0])) + elements(value)
     return 2 * elements(value) if node.target in _POINTWISE else 0
 
 
 _MATRICES = {aten.mm.default, aten.bmm.default}
+_FOLDS = {aten.im2col.default, aten.col2im.default}
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.linalg_vector_norm.default}
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,

@@ -159,7 +159,35 @@ def _matched(a: Dim, b: Dim, one: Expression, other: Expression) -> tuple[Names,
         return {a[0]: b}, {}
     if len(b) == 1 and not other.is_held(b[0]) and is_equal(size_of_dim(a), b[0].size):
         return {}, {b[0]: a}
-    raise NotAProduct("two dimensions are made of different indices")
+    to_one, to_other = _common_parts(a, b)
+    for names, x in ((to_one, one), (to_other, other)):
+        if any(len(new) > 1 and x.is_held(index) for index, new in names.items()):
+            raise NotAProduct("a dimension is cut across")
+    return to_one, to_other
+
+
+def _common_parts(a: Dim, b: Dim) -> tuple[Names, Names]:
+    """Split indices until two dimensions are made of the same: (2, 6) and (4, 3) of (2, 2, 3)."""
+    parts: tuple[dict[Index, Dim], ...] = ({i: () for i in a}, {j: () for j in b})
+    left = [[(i, i) for i in a], [(j, j) for j in b]]
+    while all(left):
+        (one, i), (other, j) = left[0].pop(0), left[1].pop(0)
+        are_same = is_equal(i.size, j.size)
+        if not are_same and not (isinstance(i.size, int) and isinstance(j.size, int)):
+            raise NotAProduct("two dimensions are made of different indices")
+        smaller = i if are_same or i.size < j.size else j
+        for index, part, rest in ((one, i, left[0]), (other, j, left[1])):
+            if not are_same and part is not smaller:
+                if part.size % smaller.size:
+                    raise NotAProduct("two dimensions are made of different indices")
+                rest.insert(0, (index, Index(part.size // smaller.size)))
+        parts[0][one] += (smaller,)
+        parts[1][other] += (smaller,)
+    if any(left):
+        raise NotAProduct("two dimensions of different sizes")
+    names = ({i: new for i, new in found.items() if new != (i,)} for found in parts)
+    to_one, to_other = names
+    return to_one, to_other
 
 
 def summed(expression: Expression, at: Sequence[int], *, keep: bool = False) -> Expression:
