@@ -2,7 +2,7 @@
 
 `vmap` makes samples with a weight each the groups of one convolution. Where the weight is the same
 for all of them it was repeated for that, a tensor (batch, parameters), and its gradient is one for
-each of them, to be summed up.
+each of them, to be summed up. Of a table of rows to be looked up it makes one long table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from passes.graph import are_equal, arguments, value_of
 from passes.simplify.emit import call
+from passes.simplify.factors.tables import of_samples
 from passes.simplify.filled import RESHAPES
 
 aten = torch.ops.aten
@@ -24,7 +25,8 @@ _BACKWARD = aten.convolution_backward.default
 
 def fold_groups(graph: Graph) -> int:
     """``convolution(x[b, N·c], repeat(W, N), groups=N·g) → convolution(x[b·N, c], W, groups=g)``,
-    its pullback in x, and ``Σₙ`` of its pullback in the weights."""
+    its pullback in x, and ``Σₙ`` of its pullback in the weights; ``embedding(repeat(W, N), i +
+    offsets of samples) → embedding(W, i)``."""
     changes = 0
     for node in list(graph.nodes):
         rule = _RULES.get(node.target)
@@ -93,6 +95,19 @@ def _of_summed(graph: Graph, node: Node) -> Node | None:
         return call(graph, aten.unsqueeze.default, (made, 0), {}, node) if any(keep) else made
 
 
+def _of_one_table(graph: Graph, node: Node) -> Node | None:
+    table, positions, *rest = arguments(node)
+    length = value_of(table).shape[0]
+    if rest or node.kwargs or not _are_numbers(length):
+        return None
+    own, sample, single = of_samples(positions, length)
+    found = _repeated(table, length) if sample is not None else None
+    if found is None or found[0] * single != length:
+        return None
+    with graph.inserting_before(node):
+        return call(graph, node.target, (found[1], own), {}, node)
+
+
 def _result(graph: Graph, backward: Node, position: int, like: Node) -> Node:
     return call(graph, operator.getitem, (backward, position), {}, like)
 
@@ -134,6 +149,7 @@ def _are_numbers(*sizes: Any) -> bool:
 
 _RULES = {
     aten.convolution.default: _of_one_weight,
+    aten.embedding.default: _of_one_table,
     aten.sum.dim_IntList: _of_summed,
     operator.getitem: _of_gradient,
 }

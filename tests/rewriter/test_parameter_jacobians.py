@@ -112,6 +112,17 @@ def transposed() -> nn.Module:
     return nn.Sequential(first, nn.Tanh(), second).double()
 
 
+class Words(nn.Module):
+    """A table of rows, of which samples look up some twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(60, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.table(x.detach().mul(2).long().remainder(60)).sin())
+
+
 def normalized_groups() -> nn.Module:
     layers = nn.Conv1d(12, 24, 1), nn.GroupNorm(4, 24), nn.Tanh(), nn.Conv1d(24, 20, 1)
     return nn.Sequential(*layers).double()
@@ -157,6 +168,8 @@ def subjects() -> dict[str, Subject]:
         "convolutions, Gram": Subject(gram, convolutions(), (6, 8, 4, 5), 1088064, 3072),
         "convolutions, clipped": Subject(clipped, convolutions(), (6, 8, 4, 5), 1117152, 3072),
         "transposed": Subject(squared_norms, transposed(), (5, 8, 8), 312000, 2304),
+        "words, Gram": Subject(gram, Words().double(), (6, 4), 50832, 576),
+        "words, clipped": Subject(clipped, Words().double(), (6, 4), 25752, 480),
         "groups": Subject(squared_norms, normalized_groups(), (6, 1, 12, 2), 90048, 480),
     }
 

@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import elements, has_hints, value_of
+from passes.graph import arguments, elements, has_hints, value_of
 from passes.simplify.factors.convolutions import is_pulled_back, pulls_back
 from passes.simplify.factors.lowering import Lowering, flops, work
 from passes.simplify.factors.moves import Moves
 from passes.simplify.factors.operators import VIEWS, expression_of, finishing, is_multilinear
 from passes.simplify.factors.order import MOST_FACTORS
+from passes.simplify.factors.tables import LOOK_UPS
 from passes.simplify.factors.terms import Expression, NotAProduct, leaf
 
 aten = torch.ops.aten
 
 _POINTWISE = {aten.mul.Tensor, aten.pow.Tensor_Scalar}
 _MATRICES = {aten.mm.default, aten.bmm.default}
+_SUMS_OF_PRODUCTS = {*_MATRICES, aten.index_put.default}
+_LAYERS = {aten.convolution.default, *LOOK_UPS}
 # Operators that have several results.
 _SEVERAL = {aten.split_with_sizes.default, aten.convolution_backward.default}
 # Half the range of float16 is too little for products that were not written.
@@ -155,8 +158,8 @@ def _has_type(node: Node) -> bool:
 
 
 def _grows(node: Node) -> bool:
-    """Whether an operator makes more than it reads; that a layer does is no reason to unfold it."""
-    if node.target is aten.convolution.default:
+    """Whether an operator makes more than it reads; that a layer does is no reason for it."""
+    if node.target in _LAYERS:
         return False
     sources = {source for source in _sources(node) if isinstance(value_of(source), Tensor)}
     return elements(value_of(node)) > sum(elements(value_of(source)) for source in sources)
@@ -185,6 +188,10 @@ def _users(node: Node) -> Iterator[Node]:
 
 
 def _sources(node: Node) -> Iterator[Node]:
+    """Yield what a node is computed from; what gives only a shape, or zeros, is not meant."""
+    if node.target is aten.index_put.default:
+        yield arguments(node)[2]
+        return
     for source in node.all_input_nodes:
         if source.target is aten.convolution_backward.default:
             yield from pulls_back(node)
@@ -203,12 +210,12 @@ def _parts(found: _Found) -> Iterator[_Found]:
     for part in networkx.connected_components(links):
         kept, roots = _among(found.kept, part), _among(found.roots, part)
         has_sums = any(map(_is_summed, roots.values()))
-        if any(n.target in _POINTWISE or (has_sums and _is_matrix(n)) for n in kept):
+        if any(n.target in _POINTWISE or (has_sums and _is_sum_of_products(n)) for n in kept):
             yield _Found(kept, roots)
 
 
-def _is_matrix(node: Node) -> bool:
-    return node.target in _MATRICES or is_pulled_back(node)
+def _is_sum_of_products(node: Node) -> bool:
+    return node.target in _SUMS_OF_PRODUCTS or is_pulled_back(node)
 
 
 def _is_summed(expression: Expression) -> bool:

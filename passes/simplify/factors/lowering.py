@@ -16,6 +16,7 @@ from passes.simplify.emit import call, size_of
 from passes.simplify.factors import convolutions
 from passes.simplify.factors.operators import finishing
 from passes.simplify.factors.order import Step, cheapest, key_of
+from passes.simplify.factors.tables import LOOK_UPS, put_back, without_ones
 from passes.simplify.factors.terms import Dim, Expression, NotAProduct, Place, Term, size_of_dim
 
 aten = torch.ops.aten
@@ -55,10 +56,10 @@ class Lowering:
             self.graph.erase_node(node)
         self.made.clear()
 
-    def _call(self, target: Any, args: tuple[Any, ...], root: Node) -> Node:
+    def _call(self, target: Any, args: Any, root: Node, options: Any = None) -> Node:
         key = (target, str(args))
         if key not in self._known:
-            self._known[key] = call(self.graph, target, args, {}, root)
+            self._known[key] = call(self.graph, target, args, options or {}, root)
             self.made.append(self._known[key])
         return self._known[key]
 
@@ -104,7 +105,15 @@ class Lowering:
     def _term(self, term: Term, dims: tuple[Dim, ...], root: Node) -> Node:
         """Contract one term; the result has every dimension, of size 1 where it is repeated."""
         wanted: Dim = sum(dims, ())
-        node, have = self._step(cheapest(term.factors, wanted, self._steps), root)
+
+        def add(target: Any, args: Any, options: Any = None) -> Node:
+            return self._call(target, args, root, options)
+
+        term, table = without_ones(term, wanted, add)
+        asked = [*wanted, *(table.indices if table else ())]
+        node, have = self._step(cheapest(term.factors, asked, self._steps), root)
+        if table:
+            node, have = put_back(table, node, have, add)
         node = self._ordered((node, have), [i for i in wanted if i in have], root)
         if term.scale != 1:
             node = self._call(aten.mul.Tensor, (node, term.scale), root)
@@ -263,14 +272,18 @@ def work(node: Node) -> int:
         return max(elements(value), elements(value_of(node.args[0])))
     if node.target in _SUMS:
         return elements(value_of(node.args[0])) + elements(value)
-    return 2 * elements(value) if node.target in _POINTWISE else 0
+    if node.target is aten.index_put.default:
+        return elements(value) + 2 * elements(value_of(node.args[2]))
+    return _PER_ELEMENT.get(node.target, 0) * elements(value)
 
 
 _MATRICES = {aten.mm.default, aten.bmm.default}
 _FOLDS = {aten.im2col.default, aten.col2im.default}
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.linalg_vector_norm.default}
-_POINTWISE = {
+_PER_ELEMENT: dict[Any, int] = dict.fromkeys(
+    [aten.eq.Tensor, aten._to_copy.default, *LOOK_UPS], 1
+) | dict.fromkeys([
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
     aten.sub.Tensor, aten.neg.default, aten.pow.Tensor_Scalar, aten.where.self, aten.clone.default,
     aten.reciprocal.default, aten.cat.default,
-}  # fmt: skip
+], 2)  # fmt: skip

@@ -73,9 +73,12 @@ class Moves:
                 if (index,) not in factor.dims:
                     factor = self.apart(factor)
                 at = factor.dims.index((index,))
+                if factor.picks and at == len(factor.dims) - 1:
+                    raise NotAProduct("a part of a table")
                 part = (factor.node, at, place.start, place.stop)
                 dims = (*factor.dims[:at], place.dim, *factor.dims[at + 1 :])
-                factor = Factor(self.make(aten.slice.Tensor, part, factor.node), dims)
+                node = self.make(aten.slice.Tensor, part, factor.node)
+                factor = replace(factor, node=node, dims=dims)
             factors.append(factor)
         return replace(term, factors=tuple(factors))
 
@@ -106,8 +109,8 @@ class Moves:
             NotAProduct: A size is not known.
         """
         sizes = tuple(index.size for index in factor.indices)
-        if not all(isinstance(size, int) for size in sizes):
-            raise NotAProduct("a part of a dimension of symbolic size")
+        if factor.picks or not all(isinstance(size, int) for size in sizes):
+            raise NotAProduct("a part of a dimension of a table, or of symbolic size")
         node = self.make(aten.reshape.default, (factor.node, sizes), factor.node)
         return Factor(node, tuple((index,) for index in factor.indices))
 

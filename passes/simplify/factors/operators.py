@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from passes.contraction.terms import Index
 from passes.graph import arguments, is_equal, value_of
-from passes.simplify.factors import convolutions
+from passes.simplify.factors import convolutions, tables
 from passes.simplify.factors.moves import Moves, Read
 from passes.simplify.factors.terms import (
     Dim,
@@ -195,6 +195,8 @@ def _where(moves: Moves, node: Node, read: Read) -> Expression:
     for term in found.terms:
         if not masked.indices or not set(masked.indices) <= term.indices:
             raise NotAProduct("a mask of its own rows")
+        if all(f.picks for f in term.factors if set(f.indices) & set(masked.indices)):
+            raise NotAProduct("a mask of positions")
         factors = [_masked(moves, f, masked, node, position) for f in term.factors]
         terms.append(replace(term, factors=tuple(factors)))
     return Expression(dims, tuple(terms))
@@ -202,7 +204,7 @@ def _where(moves: Moves, node: Node, read: Read) -> Expression:
 
 def _masked(moves: Moves, factor: Factor, mask: Factor, node: Node, position: int) -> Factor:
     shared = set(mask.indices) & set(factor.indices)
-    if not shared:
+    if not shared or factor.picks:  # what is one or zero is finite
         return factor
     if shared != set(mask.indices):
         raise NotAProduct("a mask of several dimensions")
@@ -261,6 +263,8 @@ _MOVES: Mapping[Any, Callable[[Moves, Node, Read], Expression]] = {
     aten.where.self: _where,
     aten.linalg_vector_norm.default: _squared_norm,
     aten.convolution.default: convolutions.applied,
+    **dict.fromkeys(tables.LOOK_UPS, tables.looked_up),
+    aten.index_put.default: tables.added_up,
 }
 
 

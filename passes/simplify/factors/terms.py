@@ -22,10 +22,18 @@ class NotAProduct(Exception):
 
 @dataclass(frozen=True)
 class Factor:
-    """A tensor, and the indices of its dimensions."""
+    """A tensor, and the indices of its dimensions.
+
+    Attributes:
+        node: The tensor, or positions.
+        dims: What each dimension is made of.
+        picks: Whether the node holds positions in one more dimension, the last. The tensor is 1
+            there and 0 elsewhere.
+    """
 
     node: Node
     dims: tuple[Dim, ...]
+    picks: bool = False
 
     @property
     def indices(self) -> Dim:
@@ -74,7 +82,7 @@ class Term:
             if len(new) != 1:
                 raise NotAProduct("a concatenated dimension is split")
             places.append((new[0], replace(place, dim=_renamed(place.dim, names))))
-        factors = (Factor(f.node, tuple(_renamed(d, names) for d in f.dims)) for f in self.factors)
+        factors = (replace(f, dims=tuple(_renamed(d, names) for d in f.dims)) for f in self.factors)
         return Term(self.scale, tuple(factors), tuple(places))
 
 
