@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.workloads import WORKLOADS, Case, Workload, directions, jacobians, operators
+from examples.workloads import (
+    WORKLOADS,
+    Case,
+    Workload,
+    directions,
+    jacobians,
+    operators,
+    physics,
+)
 from examples.workloads.networks import DeepONet, Velocity, mlp
 from rewriter import optimize_nested
 from rewriter.bench import Contender
 from rewriter.naming import named_tensors
 from tests.oracle import check, relative_error
+from tests.rewriter.test_parameter_jacobians import most_elements
 
 
 def points(*shape: int) -> Tensor:
@@ -81,15 +90,27 @@ SMALL: dict[Callable[..., Tensor], tuple[nn.Module, tuple[Any, ...]]] = {
 
 
 SLOW = {operators.all_derivatives, operators.likelihood}
+SMALL_TOO = {physics.poisson: (mlp([7, 4, 4, 1]), (points(5, 7), torch.randn(7)))}
+# As many tangents, cotangents or coefficients go through the network in one batch; else one.
+VECTORS = {physics.poisson: 7, directions.sampled: 2, jacobians.batch_norm_of_jacobian: 3}
 
 
 @pytest.mark.parametrize(
     "loss",
-    [pytest.param(f, id=f.__name__, marks=[pytest.mark.slow] if f in SLOW else []) for f in SMALL],
+    [
+        pytest.param(f, id=f.__name__, marks=[pytest.mark.slow] if f in SLOW else [])
+        for f in (*SMALL, *SMALL_TOO)
+    ],
 )
 def test_ours_is_the_loss_as_written(loss: Callable[..., Tensor]) -> None:
-    net, args = SMALL[loss]
-    check(loss, [in_float64(net)], *map(in_float64, args))
+    """And no tensor has more elements than the vectors that are needed have in the widest layer, or
+    a parameter: no Jacobian, no Hessian, no gradient for each sample."""
+    net, args = (SMALL | SMALL_TOO)[loss]
+    net, args = in_float64(net), [in_float64(value) for value in args]
+    report = check(loss, [net], *args).explain(net, *args)
+    widest = max(layer.out_features for layer in net.modules() if isinstance(layer, nn.Linear))
+    vectors = VECTORS.get(loss, 1) * len(args[0]) * widest
+    assert most_elements(report) <= max(vectors, *(p.numel() for p in net.parameters()))
 
 
 def test_every_new_loss_has_a_small_form() -> None:
