@@ -218,8 +218,13 @@ class Raised:
         """Return the derivative that a node computes, or the value of what is differentiated."""
         _, n_points, n_outputs, n_batch, *inputs = arguments(node)
         try:
-            if n_points != 1 or n_outputs != 1:
-                raise RowsMix("a derivative at several points, or of several outputs")
+            if n_points != 1:
+                raise RowsMix(
+                    "a derivative at several points; vmap(jacrev(f), (None, 0)) of parameters and "
+                    "samples is kept as factors"
+                )
+            if n_outputs != 1:
+                raise RowsMix("a derivative of several outputs")
             if any(is_equal(size, 0) for size in value_of(inputs[0]).shape):
                 raise RowsMix("a derivative at no points")
             # The body with the derivatives inside it, which forward mode takes apart.

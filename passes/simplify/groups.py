@@ -69,15 +69,19 @@ def _of_gradient(graph: Graph, node: Node) -> Node | None:
 
 def _of_summed(graph: Graph, node: Node) -> Node | None:
     """The pullback in the weights alone, one for each of N, summed over these."""
+    if len(node.args) < 2 or node.kwargs:
+        return None
     view, dims, *keep = arguments(node)
-    item = _formed(view)
+    item = _formed(view, alone=True)
     if item.target is not operator.getitem or arguments(item)[0].target is not _BACKWARD:
         return None
     grad, x, weight, bias, *settings, groups, mask = arguments(arguments(item)[0])
     shape, parts = value_of(item).shape, value_of(view).shape
-    if list(mask) != [False, True, False] or list(dims) != [0] or node.kwargs:
+    if list(mask) != [False, True, False] or list(dims or []) != [0]:
         return None
-    if len(parts) != len(shape) + 1 or not are_equal(parts[2:], shape[1:]) or len(item.users) > 1:
+    if len(item.users) > 1:  # they are needed one by one too
+        return None
+    if len(parts) != len(shape) + 1 or not are_equal(parts[2:], shape[1:]):
         return None
     number = parts[0]
     if not _are_numbers(number, groups, *shape) or number < 2 or groups % number:
@@ -136,9 +140,12 @@ def _repeated(weight: Node, groups: Any) -> tuple[int, Node] | None:
         return parts[0], call(weight.graph, aten.squeeze.dims, (source, [0]), {}, weight)
 
 
-def _formed(node: Node) -> Node:
-    """Return what a tensor is a copy, or a view in another shape, of."""
+def _formed(node: Node, *, alone: bool = False) -> Node:
+    """Return what a tensor is a copy, or a view in another shape, of; with ``alone`` no further
+    than it is read by nothing else."""
     while node.target in RESHAPES or node.target is aten.clone.default:
+        if alone and len(node.users) > 1:
+            break
         node = arguments(node)[0]
     return node
 

@@ -79,6 +79,11 @@ CASES = {
     "a weight for each": Case(
         lambda x, w: convolved(x, w, *IMAGE), (IMAGES, (N * 6, *WEIGHT[1:])), 0
     ),
+    "a gradient for each and their sum": Case(
+        lambda d, x, w: (g := of_samples(d, x, w, *IMAGE)).sum(0) + g.sin().sum(0),
+        (SMALL, IMAGES, WEIGHT),
+        0,
+    ),
     "a gradient for each": Case(
         lambda d, x, w: of_samples(d, x, w, *IMAGE), (SMALL, IMAGES, WEIGHT), 0
     ),
