@@ -29,6 +29,7 @@ from passes.tracing import fake_mode_of, trace_before_autograd
 from rewriter.capture import example_of
 from rewriter.errors import CaptureError, NeedsNumber
 from rewriter.marking import Marking, UserFunction
+from rewriter.padding import write_out_padding
 
 aten = torch.ops.aten
 
@@ -82,6 +83,7 @@ def _recorded(captured: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         op="call_function", target=aten._embedding_bag_forward_only.default
     ):
         node.target = aten._embedding_bag.default  # the form that autograd differentiates
+    write_out_padding(module)
     flatten_output(module.graph)
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.target = STOP

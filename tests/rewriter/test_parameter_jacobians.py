@@ -174,6 +174,14 @@ def subjects() -> dict[str, Subject]:
     }
 
 
+def test_padding() -> None:
+    """Row p of the table has no gradient for any sample."""
+    net = nn.Sequential(nn.Embedding(4, 8, padding_idx=1), nn.Linear(8, 6)).double()
+    words = torch.tensor([[0, 1, 1], [1, 2, 3], [3, 1, 0]])
+    for strategy in ("reverse", "jvp_over_gradient"):
+        check(squared_norms, [net], words, strategy=strategy)
+
+
 @pytest.mark.parametrize("name", subjects())
 def test_no_jacobian(name: str) -> None:
     subject = subjects()[name]
