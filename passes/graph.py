@@ -171,16 +171,33 @@ def reaches(sources: Iterable[Node], *, through: Callable[[Node], bool] | None =
     return found
 
 
-def needs(targets: Iterable[Node]) -> set[Node]:
-    """Return every node that one of ``targets`` depends on, these included."""
+def needs(targets: Iterable[Node], *, since: Node | None = None) -> set[Node]:
+    """Return every node that one of ``targets`` depends on, these included.
+
+    Args:
+        targets: Where to start.
+        since: The first node of the graph's order that is of interest, if not all are.
+    """
     found: set[Node] = set()
     stack = list(targets)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and not (since is not None and node < since):
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def between(sources: Sequence[Node], targets: Sequence[Node]) -> set[Node]:
+    """Return every node on a path from one of ``sources`` to one of ``targets``, these included.
+
+    The nodes are in an order that can run: what lies before the first source or behind the last
+    target is not looked at.
+    """
+    if not sources or not targets:
+        return set()
+    first, last = min(sources), max(targets)
+    return reaches(sources, through=lambda n: not last < n) & needs(targets, since=first)
 
 
 def is_random(node: Node) -> bool:

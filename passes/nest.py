@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from passes import derivative
 from passes.graph import (
     arguments,
     attribute_of,
+    between,
     drop_dead,
     finish,
     is_float,
@@ -113,16 +115,17 @@ def nest(module: GraphModule) -> int:
     """
     graph = module.graph
     _split_dependent_points(graph)
-    made = 0
-    for mark in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
-        _nest_one(module, mark, f"gradient_{made}" if made else "gradient")
-        made += 1
+    marks = [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]
+    draws = [node for node in graph.nodes if is_random(node)]
+    for made, mark in enumerate(marks):
+        name = f"gradient_{made}" if made else "gradient"
+        _nest_one(module, mark, name, marks[made + 1 :], draws)
     dissolve_marks(module)
     sort_nodes(graph)
     drop_dead(graph)
     note_new(module, "nest", "nest.")
     finish(module)
-    return made
+    return len(marks)
 
 
 def _split_dependent_points(graph: Graph) -> None:
@@ -130,7 +133,9 @@ def _split_dependent_points(graph: Graph) -> None:
     twice: each gradient is a total derivative."""
     for mark in list(graph.find_nodes(op="call_function", target=GRADIENT)):
         outputs, points, seeds, seed_dims = arguments(mark)
-        after = [reaches([p]) for p in points]
+        if len(points) == 1:
+            continue
+        after = [between([p], points) for p in points]
         dependent = any(p in after[i] for p in points for i, q in enumerate(points) if p is not q)
         if not dependent and len(set(points)) == len(points):
             continue
@@ -152,7 +157,7 @@ def _replace_item(node: Node, index: int, by: Node) -> None:
 
 
 def _body_nodes(points: list[Node], outputs: list[Node]) -> set[Node]:
-    inside = (reaches(points) & needs(outputs)) - set(points)
+    inside = between(points, outputs) - set(points)
     # The items of a node with several results go where the node goes.
     for node in list(inside):
         if isinstance(value_of(node), (tuple, list)):
@@ -160,16 +165,26 @@ def _body_nodes(points: list[Node], outputs: list[Node]) -> set[Node]:
     return inside
 
 
-def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
+def _nest_one(
+    module: GraphModule, mark: Node, name: str, others: Sequence[Node], draws: list[Node]
+) -> None:
+    """Put a node with a body in the place of a mark.
+
+    Args:
+        module: The graph; in an order that can run, before and after.
+        mark: The first mark that is left.
+        name: The site's name.
+        others: The marks behind it.
+        draws: The graph's random draws in order; kept up to date.
+    """
     graph = module.graph
     outputs, points, along, batch_dims = arguments(mark)
     backward = mark.target is GRADIENT
     inside = _body_nodes(points, outputs)
-    draws = [node for node in graph.nodes if is_random(node)]
     _take_in_draws(draws, inside)
     within = [index for index, node in enumerate(draws) if node in inside]
-    for other in [n for n in graph.nodes if n.target in (GRADIENT, TANGENT) and n is not mark]:
-        if mark in needs(arguments(other)[0]) and inside.intersection(arguments(other)[1]):
+    for other in others:
+        if inside.intersection(arguments(other)[1]) and mark in needs(arguments(other)[0]):
             raise NotNested("a derivative at a hidden value of another derivative that it contains")
     live = [i for i, u in enumerate(outputs) if u in inside or u in points]
     answers = range(len(points)) if backward else live
@@ -182,13 +197,13 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
     if backward:
         along = [along[i] for i in live]
     outputs = [outputs[i] for i in live]
-    copied = bool(needs(along) & inside) or _has_other_master(graph, mark, inside)
+    copied = bool(between(list(inside), along)) or _has_other_master(mark, inside, others)
     if within and (copied or within[-1] - within[0] >= len(within)):
         raise NotNested(
             f"a random draw ({draws[within[0]].target}) depends on the point of a derivative, and "
             "the derivative cannot be computed in one piece"
         )
-    escaping = [] if copied else _escaping(graph, inside, outputs, mark)
+    escaping = [] if copied else _escaping(inside, outputs, mark)
     body, captured = _body(module, points, outputs, escaping, inside)
     order = 1 + max((n.meta["site"].order for n in inside if "site" in n.meta), default=0)
     if not backward and derivative.holds_user_function(body):
@@ -224,17 +239,21 @@ def _nest_one(module: GraphModule, mark: Node, name: str) -> None:
         for position, index in enumerate(answers):
             _replace_item(mark, index, _item(graph, node, position))
         values = [] if copied else [*enumerate([*outputs, *escaping], start=len(derivatives))]
+        is_sorted = not draws
         for index, old in values:
             outside = [u for u in old.users if u not in inside and u is not mark and u is not node]
             if outside and old not in points:
                 new = _item(graph, node, index)
                 old.replace_all_uses_with(new, delete_user_cb=lambda user: user in outside)  # noqa: B023
+                is_sorted = is_sorted and not any(user < new for user in outside)
     graph.erase_node(mark)
     if not copied:
-        for old in reversed([n for n in graph.nodes if n in inside]):
+        for old in sorted(inside, reverse=True):
             graph.erase_node(old)
     if within:
         draws[within[0] : within[-1] + 1] = [node]
+    if is_sorted:
+        return
     try:
         sort_nodes(graph, draws)
     except networkx.NetworkXUnfeasible as error:
@@ -288,26 +307,29 @@ def _item(graph: Graph, node: Node, index: int) -> Node:
     return item
 
 
-def _has_other_master(graph: Graph, mark: Node, inside: set[Node]) -> bool:
+def _has_other_master(mark: Node, inside: set[Node], others: Sequence[Node]) -> bool:
     """Whether another derivative still to be nested begins or passes inside, without containing
     this one."""
-    for other in [node for node in graph.nodes if node.target in (GRADIENT, TANGENT)]:
-        if other is mark:
-            continue
-        if any(point in inside for point in arguments(other)[1]):
+    if not inside:
+        return False
+    first, last = min(inside), max(inside)
+    for other in others:
+        outputs, points = arguments(other)[:2]
+        if any(point in inside for point in points):
             return True
-        theirs = _body_nodes(arguments(other)[1], arguments(other)[0])
+        if max(outputs) < first or last < min(points):
+            continue
+        theirs = _body_nodes(points, outputs)
         if mark not in theirs and theirs & inside:
             return True
     return False
 
 
-def _escaping(graph: Graph, inside: set[Node], outputs: list[Node], mark: Node) -> list[Node]:
+def _escaping(inside: set[Node], outputs: list[Node], mark: Node) -> list[Node]:
     return [
         node
-        for node in graph.nodes
-        if node in inside
-        and node not in outputs
+        for node in sorted(inside)
+        if node not in outputs
         and not isinstance(value_of(node), (tuple, list))
         and any(user not in inside and user is not mark for user in node.users)
     ]
@@ -331,7 +353,7 @@ def _body(
 
     for point in points:
         new[point] = take(point)
-    ordered = [node for node in module.graph.nodes if node in inside]
+    ordered = sorted(inside)
     captured: list[Node] = []
     for node in ordered:
         for read in node.all_input_nodes:
@@ -399,6 +421,12 @@ def all_sites(module: GraphModule, nodes: list[Node]) -> list[Site]:
         site = node.meta["site"]
         found[site.name] = site
     return list(found.values())
+
+
+def points_of(node: Node) -> list[Any]:
+    """Return what a derivative node differentiates at."""
+    _, n_points, _, _, *inputs = arguments(node)
+    return inputs[:n_points]
 
 
 def body_of(module: GraphModule, node: Node) -> GraphModule:

@@ -547,7 +547,7 @@ def state_stays(patch: pytest.MonkeyPatch) -> None:
 
 def every_derivative_is_its_own_master(patch: pytest.MonkeyPatch) -> None:
     """The second derivative loses the way from its point."""
-    patch.setattr(nest, "_has_other_master", lambda graph, mark, inside: False)
+    patch.setattr(nest, "_has_other_master", lambda mark, inside, others: False)
 
 
 def seed_of_ones(patch: pytest.MonkeyPatch) -> None:
