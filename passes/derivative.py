@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from passes.linearize import push_forward
 from passes.markers import stop
-from passes.tracking import reverse_pass, run, run_reverse
+from passes.tracking import reverse_pass, run, run_flat, run_reverse
 
 
 def _as_point(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class _Linearized(torch.autograd.Function):
         ctx: Any, primal: GraphModule, tangent: GraphModule, n_results: int, active: tuple, *inputs
     ):
         ctx.set_materialize_grads(False)
-        out = run(primal, inputs)
+        out = run_flat(primal, inputs)
         ctx.tangent, ctx.active, ctx.n_inputs = tangent, active, len(inputs)
         ctx.residuals = out[n_results:]
         results = _apart(out[:n_results], inputs)

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from passes.decompositions import before_autograd, decompositions
 from passes.graph import value_of
+from passes.inlining import inline_calls
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -148,6 +149,7 @@ def _record(
 ) -> GraphModule:
     with mode, enable_python_dispatcher(), preserve_node_meta(), without_fused_kernels():
         module = make_fx(function, decomposition_table=table)(*inputs)
+    inline_calls(module)
     # A view is right for the strides seen here; what runs later on the graph may bring others.
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import get_current_meta, has_preserved_node_meta, set_current_meta
 from torch.utils import _pytree as pytree
 
+from passes.inlining import can_record, record_call
 from passes.origin import KEY, Mark
 from passes.tracing import wrapped_by
 
@@ -63,6 +64,12 @@ def run(module: GraphModule, inputs: Sequence[Any]) -> Any:
     return Tracked(module).run(*inputs) if has_preserved_node_meta() else module(*inputs)
 
 
+def run_flat(module: GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run a graph whose own operators nothing differentiates, as `run` does; a trace copies it
+    where it can."""
+    return record_call(module, inputs) if can_record(module, inputs) else run(module, inputs)
+
+
 def run_reverse(module: GraphModule, inputs: Sequence[Any], *, keep_role: bool = False) -> Any:
     """Run a graph that stands for a part of the reverse pass which is running, as `run` does.
 
@@ -74,6 +81,8 @@ def run_reverse(module: GraphModule, inputs: Sequence[Any], *, keep_role: bool =
     if not has_preserved_node_meta():
         return module(*inputs)
     now = _reverse[-1]
+    if keep_role and not now.site and can_record(module, inputs):
+        return record_call(module, inputs)
     return Tracked(module, Mark(role="" if keep_role else now.role, site=now.site)).run(*inputs)
 
 

@@ -147,8 +147,8 @@ class JvpOverGradient(Strategy):
 
         inputs = tuple(kind_of(value_of(read)) for read in parts.inputs)
         roles = n_points, parts.n_outputs, tuple(used), tuple(extra), tuple(pulled)
-        about = name, node.meta.get("stack_trace"), inputs, roles, kind_of(value_of(node))
-        lin = known.get(body, about, linearized)
+        about = inputs, roles, kind_of(value_of(node))
+        lin = known.get(body, about, node, linearized)
         own = name
         while hasattr(module, f"primal_{own}"):  # a contraction may have several nodes of one site
             own += "_"
