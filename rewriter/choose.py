@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,16 @@ from rewriter.options import Options
 from rewriter.recall import Recollection
 from rewriter.search import Search, preference
 
-# Each form takes 0.2 to 2 s to trace.
+# Each form takes 0.2 to 2 s to trace, one of thousands of operators 2 ms for each.
 MOST_FORMS = 6
 MOST_FORMS_MEASURED = 16
+MOST_OPERATORS = 16_000
+MOST_OPERATORS_MEASURED = 48_000
 MOST_FINALISTS = 3
+# Where the first two are refused they fall back on the third, and that on the fourth: the last ones
+# are rarely the best. Each is tried while there are at most half as many operators in all forms as
+# there may be for the one before it.
+_BY_PROMISE = (CONTRACTION, TAYLOR, *NAMES[:2])
 # A step is about three times its value, and the bound at most twice.
 WORTH_A_BOUND = 2 / 3
 FINALISTS_WITHIN = 1.5
@@ -43,7 +49,8 @@ class Choice:
         trace_seconds: Time to trace and simplify ``joint``.
         asked: Site name → the strategy that the user asked for.
         refusals: (site name, strategy) → reason.
-        untried: Changes of one site that looked worth a trial when there were enough forms.
+        untried: Changes of sites that are alike, or of all sites, that looked worth a trial when
+            there were enough forms, or enough operators in them.
         at_least: Sites, those together that depend on one another → the FLOPs that every other
             strategy costs there at least; more than the form taken, so none was traced.
         finalists: What ``mode="max-autotune"`` compares by the clock, the cheapest first; empty
@@ -114,7 +121,7 @@ def choose(
         if found is not None:
             return _choice(found, [found], is_recalled=True)
     written = evaluated(as_written.flops, size_hints(module))
-    tried, untried = [], 0
+    tried, untried = list[Form](), 0
     at_least = {} if asked or options.is_measured else _ruled_out(forms, roles, written)
     if len(asked) < len(forms.sites) or set(asked.values()) != {AS_WRITTEN}:
         settled = {name: TAYLOR for part in at_least for name in part}
@@ -168,10 +175,13 @@ def _ruled_out(forms: Forms, roles: Roles, written: int) -> dict[frozenset[str],
     names = [site.name for site in forms.sites]
     if not names:
         return {}
-    taylor = forms.build(dict.fromkeys(names, TAYLOR)).candidate
-    contracted = {name for name, strategy in taylor.strategies.items() if strategy == TAYLOR}
+    wish = dict.fromkeys(names, TAYLOR)
+    contracted = {name for name, strategy in forms.taken(wish).items() if strategy == TAYLOR}
     parts = [part for part in forms.parts() if part <= contracted]
-    if not parts or taylor.flops > WORTH_A_BOUND * written:
+    if not parts:
+        return {}
+    taylor = forms.build(wish).candidate
+    if taylor.flops > WORTH_A_BOUND * written:
         return {}
     bound = bound_of(forms.module, roles, names)
     return {part: bound.on(part) for part in parts if bound.exceeds(taylor, part)}
@@ -191,15 +201,37 @@ def _searched(
         return None if _disobeyed(forms, form, asked) else form
 
     names = [site.name for site in forms.sites]
-    wishes = [{**dict.fromkeys(names, strategy), **settled} for strategy in NAMES]
-    found = [form for form in map(build, wishes) if form is not None]
-    first = list({id(form): form for form in found}.values())
+    measured = options.is_measured
+    most = MOST_OPERATORS_MEASURED if measured else MOST_OPERATORS
+    found: dict[str, Form] = {}
+    skipped = 0
+    for position, strategy in enumerate(_BY_PROMISE):
+        wish = {**dict.fromkeys(names, strategy), **settled, **asked}
+        if strategy not in NAMES[:2] and strategy not in forms.taken(wish).values():
+            continue
+        have = _distinct(found.values())
+        if have and sum(form.candidate.nodes for form in have) >= most >> position:
+            # Where the others are refused at all sites, this is what they have fallen back on.
+            skipped += bool(names) and all(
+                {*form.candidate.strategies.values()} != {strategy} for form in have
+            )
+            continue
+        form = build(wish)
+        if form is not None:
+            found[strategy] = form
+    first = _distinct([found[strategy] for strategy in NAMES if strategy in found])
     if not first:
-        raise _refused(forms, {**wishes[0], **asked}, asked)
-    limit = MOST_FORMS_MEASURED if options.is_measured else MOST_FORMS
-    search = Search(first, build, forms.parts(), limit)
-    search.run(thorough=options.is_measured)
+        wish = {**dict.fromkeys(names, NAMES[0]), **settled, **asked}
+        raise _refused(forms, wish, asked)
+    limit = MOST_FORMS_MEASURED if measured else MOST_FORMS
+    search = Search(first, build, forms.alike(), limit, most)
+    search.untried += skipped
+    search.run(thorough=measured)
     return search
+
+
+def _distinct(found: Iterable[Form]) -> list[Form]:
+    return list({id(form): form for form in found}.values())
 
 
 def _disobeyed(forms: Forms, form: Form, asked: Mapping[str, str]) -> list[str]:

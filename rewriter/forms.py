@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
-from passes.bodies import Linearizations
+from passes.bodies import Labels, Linearizations, identity_of
 from passes.graph import copy_graph, placeholders, print_graph, results, value_of, where
 from passes.joint import Roles, trace_joint, trace_step
-from passes.nest import Site, active_nodes, all_sites, sites
+from passes.nest import Site, active_nodes, all_sites, body_of, points_of, sites
 from passes.origin import mark_of, note
 from passes.price import Price, evaluated, node_flops, price, size_hints
 from passes.strategies import NAMES, put_in_form
@@ -104,6 +105,7 @@ class Forms:
         self.refusals: dict[tuple[str, str], str] = {}
         self.linearizations = Linearizations()
         self._by_wish: dict[frozenset[tuple[str, str]], Form] = {}
+        self._untraced: dict[frozenset[tuple[str, str]], tuple[GraphModule, dict[str, str]]] = {}
         self._by_text: dict[tuple[str, ...], Form] = {}
 
     def build(self, wish: Mapping[str, str]) -> Form:
@@ -122,13 +124,38 @@ class Forms:
             graph.add_edges_from((node.meta["site"].name, site.name) for site in inside)
         return [frozenset(part) for part in networkx.connected_components(graph)]
 
+    def alike(self) -> list[list[frozenset[str]]]:
+        """Return the same, those together that compute the same at different points: what is best
+        for one of them is for all, but for where their results go."""
+        nodes = {node.meta["site"].name: node for node in sites(self.module)}
+        found: dict[Hashable, list[frozenset[str]]] = {}
+        seen: Counter[Hashable] = Counter()
+        for part in self.parts():
+            outer = [node for name, node in nodes.items() if name in part]
+            bodies = tuple(identity_of(body_of(self.module, node), Labels()) for node in outer)
+            # Those at one point share work, and are told apart by their number.
+            at = bodies, tuple(tuple(points_of(node)) for node in outer)
+            found.setdefault((bodies, seen[at]), []).append(part)
+            seen[at] += 1
+        return list(found.values())
+
     def accepted(self, name: str, wish: Mapping[str, str]) -> list[str]:
         """Return the strategies that a site accepts while the others are as wished for."""
         return [s for s in NAMES if self._in_form({**wish, name: s})[1][name] == s]
 
+    def taken(self, wish: Mapping[str, str]) -> dict[str, str]:
+        """Return what `build` would take at each site; nothing is traced for it."""
+        key = frozenset(wish.items())
+        if key in self._by_wish:
+            return dict(self._by_wish[key].candidate.strategies)
+        if key not in self._untraced:
+            self._untraced[key] = self._in_form(wish)
+        return self._untraced[key][1]
+
     def _built(self, wish: Mapping[str, str]) -> Form:
         start = time.perf_counter()
-        module, taken = self._in_form(wish)
+        known = self._untraced.pop(frozenset(wish.items()), None)
+        module, taken = known or self._in_form(wish)
         parts = [part for part in module.modules() if isinstance(part, GraphModule)]
         text = tuple(print_graph(part) for part in parts)
         if text not in self._by_text:

@@ -87,8 +87,8 @@ class Report:
         stages: The graph after each pass.
         candidates: Every form that was priced.
         taken: The one of them that runs.
-        untried: Changes of one site's strategy that looked worth a trial when there were enough
-            forms.
+        untried: Changes of strategies that looked worth a trial when there were enough forms, or
+            when those that there were had enough operators.
         not_traced: Names of sites, those together that depend on one another → the FLOPs that every
             strategy but theirs costs there at least, for which no form with another was traced.
         flops: Matmul and convolution FLOPs of the whole step (loss and gradients) as rewritten.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from passes.strategies import NAMES
 from rewriter.forms import Candidate, Form, rank
 
+# Of the step's FLOPs, for each operator that has to be traced to have it.
+WORTH_AN_OPERATOR = 1e-6
+
 Build = Callable[[Mapping[str, str]], Form | None]
 
 
@@ -32,20 +35,23 @@ class Search:
     worth other strategies only if some form spends less on it with them. All such changes are made
     at once first: where parts share no work their prices add up, the form costs what was foretold,
     and nothing is left to try. Where they do (the same network at the same points), the changes are
-    tried one at a time, the most promising first.
+    tried one at a time, the most promising first. Parts that are alike at different points change
+    together: of sixty steps of an integrator, each a few derivatives of one network, no form is
+    made in which one step differs from the others.
 
     Attributes:
         best: The cheapest form so far, by `Candidate.preference`.
         tried: All forms, in the order of trial.
-        untried: Changes that were due for a trial when the bound was reached.
+        untried: Changes that were due for a trial when a bound was reached.
     """
 
     def __init__(
         self,
         first: Sequence[Form],
         build: Build,
-        parts: Sequence[frozenset[str]],
+        alike: Sequence[Sequence[frozenset[str]]],
         limit: int,
+        most_operators: int,
     ) -> None:
         """Prepare a search.
 
@@ -53,13 +59,16 @@ class Search:
             first: Forms to begin with; at least one.
             build: Returns the form for strategies by site; None if the user does not want it. It
                 may return one that was there before.
-            parts: The names of the sites, those together that depend on one another.
+            alike: The parts, which are the names of sites that depend on one another; those
+                together that are alike.
             limit: The most forms there may be in all, ``first`` included.
+            most_operators: No form is made once there are as many in all of them together.
         """
         self.tried = list(first)
         self.best = min(self.tried, key=preference)
         self.untried = 0
-        self._build, self._parts, self._limit = build, parts, limit
+        self._build, self._alike = build, alike
+        self._limit, self._most_operators = limit, most_operators
         self._wished = {frozenset(form.candidate.strategies.items()) for form in first}
 
     def run(self, *, thorough: bool = False) -> None:
@@ -90,7 +99,7 @@ class Search:
         if key in self._wished:
             return None
         self._wished.add(key)
-        if len(self.tried) >= self._limit:
+        if self._is_spent():
             self.untried += 1
             return None
         found = self._build(wish)
@@ -101,38 +110,58 @@ class Search:
         self.best = min(self.best, found, key=preference)
         return found
 
+    def _is_spent(self) -> bool:
+        operators = sum(form.candidate.nodes for form in self.tried)
+        return len(self.tried) >= self._limit or operators >= self._most_operators
+
     def _promising(self, *, ties: bool = False) -> list[Change]:
-        """Return for each part the strategies with which some form spends less on it than the best
-        form does, the largest gain first.
+        """Return for parts that are alike the strategies with which some form spends less on them
+        than the best form does, the largest gain first.
 
         Args:
             ties: Also those with which a form spends as much, if they come first in the order of
                 preference.
         """
-        best = self.best.candidate
         found: list[Change] = []
-        for part in self._parts:
-            changes = [
-                Change(
-                    {name: form.strategies[name] for name in part},
-                    # What no site is charged with may belong to any.
-                    _spent(best, part) - _spent(form, part) + max(0, _rest(best) - _rest(form)),
-                )
-                for form in (form.candidate for form in self.tried)
-                if any(form.strategies[name] != best.strategies[name] for name in part)
-            ]
-            most = max(changes, key=lambda change: change.gain, default=None)
-            if most is None:
-                continue
-            earlier = rank(most.strategies) < rank({n: best.strategies[n] for n in part})
-            if most.gain > 0 or (ties and most.gain == 0 and earlier):
-                found.append(most)
+        for parts in self._alike:
+            by_kind: dict[tuple[str, ...], list[Change]] = {}
+            for change in filter(None, map(self._best_change, parts)):
+                if change.gain > 0 or (ties and change.gain == 0 and self._is_earlier(change)):
+                    kind = tuple(sorted(change.strategies.values()))
+                    by_kind.setdefault(kind, []).append(change)
+            found += map(_together, by_kind.values())
+        best = self.best.candidate
+        least = WORTH_AN_OPERATOR * best.nodes * best.flops
+        found = [change for change in found if change.gain == 0 or change.gain > least]
         return sorted(found, key=lambda change: -change.gain)
+
+    def _best_change(self, part: frozenset[str]) -> Change | None:
+        """Return the strategies with which some form spends least on a part."""
+        best = self.best.candidate
+        changes = [
+            Change(
+                {name: form.strategies[name] for name in part},
+                # What no site is charged with may belong to any.
+                _spent(best, part) - _spent(form, part) + max(0, _rest(best) - _rest(form)),
+            )
+            for form in (form.candidate for form in self.tried)
+            if any(form.strategies[name] != best.strategies[name] for name in part)
+        ]
+        return max(changes, key=lambda change: change.gain, default=None)
+
+    def _is_earlier(self, change: Change) -> bool:
+        now = self.best.candidate.strategies
+        return rank(change.strategies) < rank({name: now[name] for name in change.strategies})
 
     def _single(self) -> Iterator[dict[str, str]]:
         """Yield every change of one site."""
         for name, now in list(self.best.candidate.strategies.items()):
             yield from ({name: s} for s in NAMES if now in NAMES and s != now)
+
+
+def _together(changes: Sequence[Change]) -> Change:
+    strategies = {n: s for change in changes for n, s in change.strategies.items()}
+    return Change(strategies, sum(change.gain for change in changes))
 
 
 def preference(form: Form) -> tuple[int, int, int, int]:

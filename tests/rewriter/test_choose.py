@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from rewriter import optimize_nested
+from examples.workloads.networks import Velocity
+from examples.workloads.operators import likelihood
+from rewriter import choose, optimize_nested
 from rewriter.errors import OptionError
-from rewriter.forms import Candidate
+from rewriter.forms import Candidate, Forms
 from rewriter.generators import generators_restored
 from rewriter.report import Report
+from rewriter.rewrite import Rewritten
 from rewriter.step import Step
 from tests.cases import mlp
 from tests.oracle import assert_same, check, outcome
@@ -67,6 +71,39 @@ def test_sites_are_chosen_apart() -> None:
     assert taken is not None and len(set(taken.strategies.values())) > 1
     assert taken.flops < min(by_form[frozenset({J})].flops, by_form[frozenset({R})].flops)
     assert taken.flops <= report.flops_as_written
+
+
+def test_large_forms_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One form is traced, and the loss as written if that costs less: no strategy alone."""
+    monkeypatch.setattr(choose, "MOST_OPERATORS", 1)
+    modules = [mlp(nn.Tanh, 3, 12, 2), convolutions()]
+    report = optimize_nested(both, backend="eager").explain(*modules, points(), points(3, 16))
+    first, *others = [set(c.strategies.values()) for c in report.candidates]
+    assert first == {J, "taylor"} and others in ([], [{"as written"}])
+    assert report.untried >= 2
+    assert report.flops <= report.flops_as_written
+
+
+@functools.cache
+def steps_of_a_flow(steps: int) -> Rewritten:
+    torch.manual_seed(0)
+    net = Velocity(2, [6]).double()
+    found = optimize_nested(likelihood, backend="eager", strategy=R)
+    return found._explained((net, points(), points(), steps), {}).rewritten
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_sites_are_alike_at_every_step(steps: int) -> None:
+    """Three derivatives a step, of bodies that are equal; those of one step share their point, and
+    so are told apart where their bodies are equal too."""
+    found = steps_of_a_flow(steps)
+    forms = Forms(found.derivative, found.roles, seeded=found.seeded)
+    alike = forms.alike()
+    assert len(forms.parts()) == 3 * steps == sum(map(len, alike))
+    assert [len(parts) for parts in alike] == [steps] * 3
+    by_name = {site.name: site.where for site in forms.sites}
+    for parts in alike:
+        assert len({by_name[name] for part in parts for name in part}) == 1
 
 
 class Doubled(torch.autograd.Function):

@@ -73,7 +73,7 @@ def in_new_process(
     return ours, run(ours, args)
 
 
-@pytest.mark.parametrize(("loss", "n_forms"), [(laplacian, 1), (penalty_on_input, 4)])
+@pytest.mark.parametrize(("loss", "n_forms"), [(laplacian, 1), (penalty_on_input, 2)])
 def test_second_process(
     loss: Callable[..., Tensor], n_forms: int, folder: Path, traced: list[dict[str, str]]
 ) -> None:

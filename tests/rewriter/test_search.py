@@ -19,27 +19,38 @@ NONE = sympy.Integer(0)
 Prices = Callable[[Mapping[str, str]], Mapping[str, int]]
 
 
-def form(strategies: Mapping[str, str], costs: Mapping[str, int], rest: int = 0) -> Form:
+def form(
+    strategies: Mapping[str, str], costs: Mapping[str, int], rest: int = 0, nodes: int = 0
+) -> Form:
     """A form that is nothing but its price."""
     flops = sum(costs.values()) + rest
     price = Price(sympy.Integer(flops), NONE, NONE, 0)
     empty = GraphModule(nn.Module(), Graph())
-    candidate = Candidate(dict(strategies), price, flops, 0, 0, 0, 0, {}, dict(costs))
+    candidate = Candidate(dict(strategies), price, flops, 0, 0, 0, nodes, {}, dict(costs))
     return Form(candidate, empty, empty, 0.0, 0.0)
 
 
 def search(
-    prices: Prices, names: str, parts: Sequence[str], limit: int = 10, **options: Any
+    prices: Prices,
+    names: str,
+    parts: Sequence[str],
+    limit: int = 10,
+    nodes: int = 0,
+    **options: Any,
 ) -> tuple[Search, list[str]]:
-    """Return a finished search over sites with names of one letter, and what it has built."""
+    """Return a finished search over sites with names of one letter, and what it has built.
+
+    Parts are written apart, or with a bar between those that are alike.
+    """
     built: list[str] = []
 
     def build(wish: Mapping[str, str]) -> Form:
         built.append("".join(wish[name][0] for name in names))
-        return form(wish, prices(wish))
+        return form(wish, prices(wish), nodes=nodes)
 
     first = [build(dict.fromkeys(names, strategy)) for strategy in (J, R)]
-    found = Search(first, build, [frozenset(part) for part in parts], limit)
+    alike = [[frozenset(part) for part in group.split("|")] for group in parts]
+    found = Search(first, build, alike, limit, 1000)
     found.run(**options)
     return found, built[2:]
 
@@ -119,13 +130,39 @@ def test_what_no_site_is_charged_with_may_be_any_sites() -> None:
         built.append(dict(wish))
         return form(wish, {"a": 1, "b": 2})
 
-    found = Search(first, build, [frozenset("a"), frozenset("b")], 10)
+    found = Search(first, build, [[frozenset("a")], [frozenset("b")]], 10, 1000)
     found.run()
     assert {"a": J, "b": R} in built and found.best.candidate.flops == 3
 
 
 def test_a_form_that_the_user_does_not_want_is_left_out() -> None:
     first = [form({"a": J, "b": J}, {"a": 1, "b": 9}), form({"a": R, "b": R}, {"a": 9, "b": 2})]
-    found = Search(first, lambda _: None, [frozenset("a"), frozenset("b")], 10)
+    found = Search(first, lambda _: None, [[frozenset("a")], [frozenset("b")]], 10, 1000)
     found.run(thorough=True)
     assert found.tried == first and taken(found, "ab") == "jj"
+
+
+def test_parts_that_are_alike_change_together() -> None:
+    """What the first and the last of many steps gain differs; no form has one of them changed."""
+
+    def prices(wish: Mapping[str, str]) -> Mapping[str, int]:
+        gains = {"a": 3, "b": 5, "c": 4}
+        together = len({wish[name] for name in "abc"}) == 1
+        costs = {name: 20 - gain * (wish[name] == R) for name, gain in gains.items()}
+        return {**costs, "d": (1 if wish["d"] == J else 90) + 2 * together}
+
+    found, built = search(prices, "abcd", ["a|b|c", "d"])
+    assert built == ["rrrj"] and taken(found, "abcd") == "rrrj" and not found.untried
+
+
+def test_no_form_is_made_once_there_are_too_many_operators() -> None:
+    found, built = search(table(a=(1, 9), b=(9, 1)), "ab", "ab", nodes=500)
+    assert built == [] and found.untried == 1
+
+
+def test_a_large_form_is_not_made_for_a_small_gain() -> None:
+    """400 operators are worth 1 FLOP in 2500."""
+    small, large = table(a=(9, 8), b=(990, 2000)), table(a=(9, 8), b=(9000, 20000))
+    assert search(small, "ab", "ab", nodes=400)[1] == ["rj"]
+    assert search(large, "ab", "ab", nodes=400)[1] == []
+    assert search(large, "ab", "ab", nodes=40)[1] == ["rj"]
