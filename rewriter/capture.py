@@ -64,6 +64,7 @@ from rewriter.substitutes import (
     accumulate_gradients,
     jvp_by_pullbacks,
     linearize,
+    without_a_name,
 )
 
 functorch_c: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,6 +78,12 @@ DERIVATIVES = frozenset({torch.autograd.grad, eager_transforms._autograd_grad})
 
 DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 MAX_SPECIALISATIONS = 64
+
+_READ_FROM_A_TENSOR = (
+    "an index or a number of steps is read from a tensor; index with tensors of one dimension "
+    "instead, as in `g[:, dims]` or `g[:, dims[k : k + 1]]` for k in range(len(dims)), or pass "
+    "Python integers"
+)
 
 
 @dataclass
@@ -193,6 +200,8 @@ def _call_substitute(
 ) -> Callable[..., Any]:
     """Trace our Python in place of the functions that Dynamo would skip or enter to no avail."""
     bodies: dict[Any, Any] = {torch.func.linearize: linearize}
+    if hasattr(eager_transforms, "_wraps_without_dynamo_attrs"):  # not in torch 2.11
+        bodies[eager_transforms._wraps_without_dynamo_attrs] = without_a_name
     if trace.by_pullbacks:
         bodies[eager_transforms._jvp_with_argnums] = jvp_by_pullbacks
 
@@ -572,10 +581,20 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
         reason = text[0] if text else type(error).__name__
         if any("Could not guard on data-dependent expression" in line for line in text):
             reason = "a branch on the value of a tensor"
+        if any("Could not extract specialized integer" in line for line in text):
+            reason = _READ_FROM_A_TENSOR
         got = re.search(r"got \w+\([\"'](.*?)[\"']\)", " ".join(text))
         if got is not None:  # what an operator said on fake tensors
             reason += f": {got[1]}"
         return CaptureError(reason, _user_line(error, text))
+    if hasattr(error, "real_stack"):
+        # Raised while Dynamo ran the user's code on fake tensors. Where the fault is the user's,
+        # the loss as written raises it too.
+        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = f"{type(error).__name__}: {line}".rstrip(": ")
+        if "got SymInt" in line:
+            reason = _READ_FROM_A_TENSOR
+        return CaptureError(reason, _user_line(error, []))
     return None
 
 

@@ -184,6 +184,16 @@ def jvp_by_pullbacks(
     return (output, transposed[1](tuple(tangents))[0], *aux)
 
 
+def without_a_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `functools.wraps` does for a transform, but for the name: a `functools.partial` has
+    none, and Dynamo cannot trace how its other attributes are copied."""
+
+    def same(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        return wrapper
+
+    return same
+
+
 def accumulate_gradients(
     outputs: Any, leaves: tuple[Tensor, ...], gradients: Any, create_graph: bool
 ) -> None:

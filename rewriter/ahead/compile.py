@@ -72,7 +72,10 @@ def compile_ahead(
     call = take_apart(function, args, kwargs)
     declared = declared_sizes(dynamic, call.tensors)
     if declared and options.capture == "trace":
-        raise ValueError("dynamic: a recording (capture='trace') holds for its sizes only")
+        raise ValueError(
+            "dynamic: a recording (capture='trace') holds for its sizes only; leave dynamic "
+            "out, or capture the loss with capture='dynamo'"
+        )
     mark(declared)
     ending = ".json" if portable else ".pt2"
     compiled = _programs(function, options, call, declared, wanted, ending)

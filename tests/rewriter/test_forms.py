@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -570,6 +571,38 @@ def test_forward_mode(loss: Callable[..., Tensor], dynamic: bool | None) -> None
     assert report.flops <= report.flops_as_written
 
 
+class Scaled:
+    """A function that is an object, and a method of it."""
+
+    def __init__(self, net: nn.Module, scale: Tensor) -> None:
+        self.net, self.scale = net, scale
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.net(self.scale * z).squeeze()
+
+    def energy(self, z: Tensor) -> Tensor:
+        return self(z).square().sum()
+
+
+def jacrev_of_a_partial(net: nn.Module, x: Tensor) -> Tensor:
+    """Of a function whose first arguments are given, and that has no name."""
+    parameters = dict(net.named_parameters())
+    call = functools.partial(torch.func.functional_call, net)
+    found: dict[str, Tensor] = torch.func.jacrev(call)(parameters, (x[0],))
+    return sum((j.square().sum() for j in found.values()), torch.zeros((), dtype=x.dtype))
+
+
+def transforms_of_an_object(net: nn.Module, x: Tensor) -> Tensor:
+    scaled = Scaled(net, x[0])
+    per_sample = torch.func.vmap(torch.func.grad(scaled.energy))(x)
+    return per_sample.square().sum() + torch.func.jacrev(scaled)(x[1]).square().sum()
+
+
+@pytest.mark.parametrize("loss", [jacrev_of_a_partial, transforms_of_an_object])
+def test_transforms_of_what_is_no_plain_function(loss: Callable[..., Tensor]) -> None:
+    check(loss, [mlp(nn.Tanh, 3, 6, 2)], torch.randn(3, 2, dtype=torch.float64))
+
+
 # refused: what a stop would part
 
 
@@ -598,9 +631,34 @@ def forward_mode_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
     return (net(x) * moved).sum()
 
 
+def loop_over_numbers(net: nn.Module, x: Tensor) -> Tensor:
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    dims, total = torch.tensor([1, 0]), torch.zeros((), dtype=x.dtype)
+    for dim in dims:
+        total = total + grad(g[:, dim].sum(), x, create_graph=True)[0].square().sum()
+    return total
+
+
+def loop_over_a_list_of_numbers(net: nn.Module, x: Tensor) -> Tensor:
+    g = grad(net(x).sum(), x, create_graph=True)[0]
+    rows = [grad(g[:, d].sum(), x, create_graph=True)[0] for d in torch.tensor([1, 0]).tolist()]
+    return torch.stack(rows).square().sum()
+
+
+def steps_read_from_a_tensor(net: nn.Module, x: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=x.dtype)
+    for _ in range(int((x.detach() > -99).all().long() + 1)):
+        x = x - grad(net(x).sum(), x, create_graph=True)[0]
+        total = total + x.square().sum()
+    return total
+
+
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
+        (loop_over_numbers, "read from a tensor; index with tensors of one dimension"),
+        (loop_over_a_list_of_numbers, "read from a tensor; index with tensors of one dimension"),
+        (steps_read_from_a_tensor, "or pass Python integers"),
         (write_to_a_detached_view, "shares memory"),
         (write_to_data, "shares memory"),
         (write_to_the_source_of_a_leaf, "shares memory"),
@@ -617,6 +675,19 @@ def test_refused_and_right(loss: Callable[..., Tensor], reason: str) -> None:
     with pytest.warns(NestedGradientWarning, match=reason):
         mine = outcome(optimize_nested(loss, backend="eager"), [net], (x,), {})
     assert_same(mine, expected)
+
+
+def test_what_the_refusal_of_an_index_says_to_write() -> None:
+    def sampled(net: nn.Module, x: Tensor) -> Tensor:
+        g = grad(net(x).sum(), x, create_graph=True)[0]
+        dims, total = torch.tensor([1, 0]), torch.zeros((), dtype=x.dtype)
+        for k in range(len(dims)):
+            rows = grad(g[:, dims[k : k + 1]].sum(), x, create_graph=True)[0]
+            total = total + rows.square().sum()
+        return total
+
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    check(sampled, [mlp(nn.Tanh, 3, 6, 2)], x)
 
 
 # torch.autograd.functional
