@@ -6,6 +6,8 @@ divided by their number. Multiplied with a tensor they hide that it is the tenso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,16 +31,20 @@ _OVER = {aten.div.Tensor, aten.div.Scalar}
 def fold_filled(graph: Graph) -> int:
     """``x ⊙ (c, c, …) → c·x``, and ``x`` itself for ones; the same for a quotient."""
     changes = 0
+    # In order, so that each answer is made of known ones: chains of sums are as long as the graph.
+    known: dict[Node, Any] = {}
+    for node in graph.nodes:
+        known[node] = filling(node, known)
     for node in list(graph.nodes):
         if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs or not node.users:
             continue
         x, filled = node.args
-        if node.target is aten.mul.Tensor and filling(x) is not None:
+        if node.target is aten.mul.Tensor and filling(x, known) is not None:
             x, filled = filled, x
-        number = filling(filled)
+        number = filling(filled, known)
         if not isinstance(x, Node) or not is_float(x) or not is_float(filled):
             continue
-        if not isinstance(number, (int, float)) or number == 0 or filling(x) is not None:
+        if not isinstance(number, (int, float)) or number == 0 or filling(x, known) is not None:
             continue
         if not same_layout(value_of(x), value_of(node)):
             continue
@@ -51,10 +57,17 @@ def fold_filled(graph: Graph) -> int:
     return changes
 
 
-def filling(node: Any) -> Any:
-    """Return the number that a tensor is filled with; None if it is not known to be."""
+def filling(node: Any, known: Mapping[Node, Any] = MappingProxyType({})) -> Any:
+    """Return the number that a tensor is filled with; None if it is not known to be.
+
+    Args:
+        node: What makes it, or a number.
+        known: The answer for some nodes.
+    """
     if not isinstance(node, Node):
         return node
+    if node in known:
+        return known[node]
     if node.op != "call_function":
         return None
     if is_made_of_zeros(node):
@@ -65,10 +78,10 @@ def filling(node: Any) -> Any:
     if node.target is aten.full.default or node.target is aten.full_like.default:
         return None if isinstance(args[1], Node) else args[1]
     if node.target in _SAME_NUMBERS:
-        return filling(args[0])
+        return filling(args[0], known)
     if node.kwargs or (node.target not in _TIMES | _OVER and node.target is not aten.add.Tensor):
         return None
-    one, other = filling(args[0]), filling(args[1])
+    one, other = filling(args[0], known), filling(args[1], known)
     if one is None or other is None or (node.target in _OVER and other == 0):
         return None
     if node.target is aten.add.Tensor:
