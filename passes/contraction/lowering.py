@@ -109,12 +109,13 @@ class RowsApart:
 
     Attributes:
         inputs: Positions of the inputs that are read row by row.
-        results: For each result whether row n of it is computed from row n of these.
+        results: For each result the dimension whose position n is computed from row n of these;
+            None if there is none.
         order: The highest derivative.
     """
 
     inputs: tuple[int, ...]
-    results: tuple[bool, ...]
+    results: tuple[int | None, ...]
     order: int
 
 
@@ -129,12 +130,17 @@ def rows_of(base: Base, demands: Sequence[Demand], inputs: Sequence[Node]) -> Ro
         for node, rows in read:
             is_apart = isinstance(node, Node) and rows[:1] == (True,) and not any(rows[1:])
             (apart if is_apart else others).update(leaves_of(node))
-    results = tuple(
-        all(d.dims[:1] == p.indices[:1] and p.indices[0] not in p.fixed for p in d.parts)
-        for d in demands
-    )
+    results = tuple(map(_row_dim, demands))
     order = base.order + max(part.order for demand in demands for part in demand.parts)
     return RowsApart(tuple(k for k, n in enumerate(inputs) if n in apart - others), results, order)
+
+
+def _row_dim(demand: Demand) -> int | None:
+    rows = {part.indices[0] for part in demand.parts}
+    if len(rows) != 1 or any(row in part.fixed for part in demand.parts for row in rows):
+        return None
+    (row,) = rows
+    return demand.dims.index(row) if row in demand.dims else None
 
 
 def computed(item: Any, given: Mapping[Any, Any]) -> Any:

@@ -36,6 +36,7 @@ from passes.graph import (
     value_of,
 )
 from passes.nest import body_of, sites
+from passes.simplify.emit import call
 
 aten = torch.ops.aten
 # Views that may be of all of a tensor, in order.
@@ -129,7 +130,7 @@ class Raised:
 
     def _is_operand(self, node: Node) -> bool:
         whole = self._whole if self.mixing else self._rows.kept if self._rows else ()
-        return node in whole and has_hints(node)
+        return node in whole and isinstance(value_of(node), Tensor) and has_hints(node)
 
     def _known(self, node: Node) -> Expression | None:
         if node not in self.expressions and self._is_operand(node):
@@ -152,12 +153,13 @@ class Raised:
         inputs = placeholders(self.module.graph)
         read = needs([node])
         first = [self.point, *(n for n in inputs if n is not self.point and n in read)]
-        body = up_to(self.module, first, node)
+        at = None if self._rows is None or self.mixing else self._rows.kept[node]
+        body = up_to(self.module, first, node, at or 0)
         dims = tuple(Index(size) for size in value_of(node).shape)
         inner = [n.meta["rows"].order for n in body.graph.nodes if "rows" in n.meta]
         order = max(inner, default=0)
         base = Base(body, code_of(body), tuple(first), order, mixing=self.mixing)
-        row, outs = (None, dims) if self.mixing else (dims[0], dims[1:])
+        row, outs = (None, dims) if at is None else (dims[at], (*dims[:at], *dims[at + 1 :]))
         return Expression((Term(base, row, outs, ()),), dims)
 
     def _raised(self, node: Node) -> Expression | None:
@@ -424,13 +426,18 @@ def whole_operands(module: GraphModule) -> set[Node]:
     return found
 
 
-def up_to(module: GraphModule, inputs: Sequence[Node], node: Node) -> GraphModule:
-    """Return the graph that computes a node from the given inputs."""
+def up_to(module: GraphModule, inputs: Sequence[Node], node: Node, first: int = 0) -> GraphModule:
+    """Return the graph that computes a node from the given inputs, with one of its dimensions made
+    the first."""
     graph = Graph()
     copies = {source: graph.node_copy(source) for source in inputs}
     read = needs([node])
     for source in module.graph.nodes:
         if source in read and source not in copies:
             copies[source] = graph.node_copy(source, copies.__getitem__)
-    graph.output((copies[node],))
+    result = copies[node]
+    if first:
+        order = [first, *(d for d in range(value_of(node).dim()) if d != first)]
+        result = call(graph, aten.permute.default, (result, order), {}, node)
+    graph.output((result,))
     return GraphModule(module, graph)

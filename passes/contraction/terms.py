@@ -195,9 +195,9 @@ class Expression:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the first dimension is the operands' rows."""
-        row = self.dims[0] if self.dims else None
-        return row is not None and all(term.row == row for term in self.terms)
+        """Whether one of the dimensions is the operands' rows."""
+        rows = {term.row for term in self.terms}
+        return len(rows) == 1 and not rows.isdisjoint(set(self.dims) - {None})
 
     def with_terms(self, terms: Sequence[Term | None]) -> Expression:
         """Return an expression of the same dimensions; terms that are zero are left out."""
