@@ -8,23 +8,22 @@ point of many dimensions cost next to nothing before the first layer's result.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from passes.contraction.directions import Direction
-from passes.graph import arguments, placeholders, reaches
+from passes.graph import arguments, reaches
 
 aten = torch.ops.aten
 
 
-def first_layers(body: GraphModule) -> list[Node]:
-    """Return the linear layers of a body that reads its point, a matrix, in such layers alone;
+def first_layers(point: Node) -> list[Node]:
+    """Return the linear layers of a body that reads its only point, a matrix, in such layers alone;
     nothing of any other body."""
-    point = placeholders(body.graph)[0]
     moving = reaches([point])
     for node in point.users:
         if node.kwargs or node.target not in (aten.mm.default, aten.addmm.default):
@@ -35,10 +34,23 @@ def first_layers(body: GraphModule) -> list[Node]:
     return list(point.users)
 
 
-def stacked(directions: Sequence[Direction], point: Tensor, given: Mapping[Any, Any]) -> Tensor:
-    """Return directions, shape (directions, *point.shape)."""
-    found = [_sum(d, lambda v: _vector(v, point, given)) for d in directions]
-    return torch.stack([one.expand(point.shape) for one in found])
+def stacked(
+    directions: Sequence[Direction], at: int, point: Tensor, given: Mapping[Any, Any]
+) -> Tensor:
+    """Return what directions are in one of the points, shape (directions, *point.shape).
+
+    Args:
+        directions: In all of them.
+        at: The point's position.
+        point: Its value.
+        given: The explicit tensors that directions are made of.
+    """
+    found = []
+    for direction in directions:
+        own = [(vector, scale) for vector, scale in direction if vector[0] == at]
+        total = _sum(own, lambda v: _vector(v, point, given)) if own else point.new_zeros(())
+        found.append(total.expand(point.shape))
+    return torch.stack(found)
 
 
 def along_layer(
@@ -62,7 +74,7 @@ def along_layer(
         return weight.narrow(0, run.start, len(run)).unsqueeze(1).expand(-1, *out.shape)
 
     def one(vector: Any) -> Tensor:
-        kind, *rest = vector
+        _, kind, *rest = vector
         if kind == "basis":
             return weight.narrow(0, rest[0], 1)
         value = _vector(vector, point, given)
@@ -75,7 +87,7 @@ def _run(directions: Sequence[Direction]) -> range | None:
     """Return the positions if directions are basis vectors one after the other."""
     places: list[int] = []
     for direction in directions:
-        ((kind, *rest), scale), *more = direction
+        ((_, kind, *rest), scale), *more = direction
         if more or kind != "basis" or scale != 1:
             return None
         places.append(rest[0])
@@ -83,7 +95,7 @@ def _run(directions: Sequence[Direction]) -> range | None:
     return found if list(found) == places else None
 
 
-def _sum(direction: Direction, value: Any) -> Tensor:
+def _sum(direction: Iterable[tuple[Any, float]], value: Any) -> Tensor:
     total = None
     for vector, scale in sorted(direction, key=str):
         one = value(vector)
@@ -95,7 +107,7 @@ def _sum(direction: Direction, value: Any) -> Tensor:
 
 def _vector(vector: Any, point: Tensor, given: Mapping[Any, Any]) -> Tensor:
     """Return a vector, of size 1 along dimensions of the point that it does not depend on."""
-    kind, *rest = vector
+    _, kind, *rest = vector
     shape = point.shape[1:]
     if kind == "basis":
         flat = sum(k * math.prod(shape[i + 1 :]) for i, k in enumerate(rest))

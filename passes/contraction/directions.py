@@ -13,8 +13,9 @@ from torch.fx import Node
 from passes.contraction.terms import Computed, Factor, Index, Term
 from passes.contraction.views import source_of
 
-# A basis vector, as its position in the point's dimensions after the first; or explicit tensors
-# (positions of the dimensions that each has), multiplied.
+# Of one point, by its position among the operand's inputs: a basis vector, as its position in the
+# point's dimensions after the first; or explicit tensors (positions of the dimensions that each
+# has), multiplied.
 Vector = tuple[Any, ...]
 # A sum of vectors with numbers before them.
 Direction = frozenset[tuple[Vector, float]]
@@ -112,7 +113,7 @@ def _apart(term: Term, index: Index, dims: Sequence[Index | None]) -> list[Index
 
 
 def _along_single_directions(term: Term, dims: Sequence[Index | None]) -> Iterator[Part]:
-    slots = [_vector(term, slot) for slot in term.slots]
+    slots = [_vector(term, *pair) for pair in zip(term.slots, term.points, strict=True)]
     used = {factor for _, factors in slots for factor in factors}
     factors = tuple(f for f in term.factors if f not in used)
     left = {i for f in factors for i in f.indices if i is not None and i not in term.fixed}
@@ -127,10 +128,10 @@ def _along_single_directions(term: Term, dims: Sequence[Index | None]) -> Iterat
         yield Part(term.scale * scale, indices, factors, term.fixed, direction, term.order)
 
 
-def _vector(term: Term, slot: tuple[Index, ...]) -> tuple[Vector, tuple[Factor, ...]]:
+def _vector(term: Term, slot: tuple[Index, ...], point: int) -> tuple[Vector, tuple[Factor, ...]]:
     """Return the vector that a slot is contracted with, and the factors it is made of."""
     if all(index in term.fixed for index in slot):
-        return ("basis", *(term.fixed[index] for index in slot)), ()
+        return (point, "basis", *(term.fixed[index] for index in slot)), ()
     if any(index in term.fixed for index in slot):
         raise NotPlanned("a direction is a basis vector in some dimensions only")
     factors = tuple(f for f in term.factors if any(i in slot for i in f.indices))
@@ -145,7 +146,7 @@ def _vector(term: Term, slot: tuple[Index, ...]) -> tuple[Vector, tuple[Factor, 
             else:
                 at.append(slot.index(index))
         places.append((factor.node, tuple(at)))
-    return ("product", *places), factors
+    return (point, "product", *places), factors
 
 
 def polarized(vectors: Sequence[Vector]) -> list[tuple[float, Direction]]:
@@ -185,7 +186,7 @@ def explicit_of(parts: Sequence[Part]) -> list[Node | Computed]:
     found: dict[Node | Computed, None] = {}
     for part in parts:
         for vector, _ in part.direction or ():
-            if vector[0] == "product":
-                found.update(dict.fromkeys(node for node, _ in vector[1:]))
+            if vector[1] == "product":
+                found.update(dict.fromkeys(node for node, _ in vector[2:]))
         found.update(dict.fromkeys(f.node for f in part.factors))
     return list(found)

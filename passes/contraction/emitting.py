@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from passes import derivative
 from passes.contraction.directions import NotPlanned
 from passes.contraction.first_order import Held, Planned, Push
+from passes.contraction.operands import up_to
 from passes.contraction.terms import Computed, Factor, Index, Term, example_of
 from passes.graph import placeholders, results, value_of
 from passes.nest import Site
@@ -133,9 +134,11 @@ class Emitter:
         for node in base.body.graph.nodes:
             if node.target in _AMBIGUOUS:
                 raise NotPlanned(f"{node.target}: its forward and reverse mode differ at a kink")
-        inputs = [self._now(item) for item in base.inputs]
+        order = [push.point, *(at for at in range(len(base.inputs)) if at != push.point)]
+        body = _reordered(base.body, order)
+        inputs = [self._now(base.inputs[at]) for at in order]
         target = derivative.tangent if push.forward else derivative.gradient
-        through = value_of(base.point if push.forward else results(base.body.graph)[0])
+        through = value_of(inputs[0] if push.forward else results(body.graph)[0])
         vectors = self._inlined(
             lambda point, *tensors: _vectors(push, through, point, tensors),
             [inputs[0], *(self._now(factor.node) for factor in push.factors)],
@@ -144,11 +147,11 @@ class Emitter:
         examples = [example_of(item) for item in arguments]
         with fake_mode_of(examples):
             try:
-                found = target(base.body, *examples)
+                found = target(body, *examples)
             except NoRule as reason:
                 raise NotPlanned(f"no forward-mode rule for {reason}") from reason
         name = _unused(self.module, "contracted")
-        self.module.register_module(name, base.body)
+        self.module.register_module(name, body)
         node = self.graph.call_function(target, (self.graph.get_attr(name), *arguments))
         site: Site = like.meta["site"]
         kept = {
@@ -159,7 +162,7 @@ class Emitter:
             "val": tuple(x.detach() for x in found),
             "site": site,
             "draws": False,
-            "whole": base.body,
+            "whole": body,
         }
         role = "tangent" if push.forward else "cotangent"
         note(node, site=site.name, stage="choose", role=role, source=f"{name}.{node.name}")
@@ -209,6 +212,12 @@ class Emitter:
         node.meta.setdefault("stack_trace", like.meta.get("stack_trace"))
         site = like.meta["site"].name
         note(node, site=site, stage="choose", role="tangent", source=f"contraction.{node.name}")
+
+
+def _reordered(body: GraphModule, order: Sequence[int]) -> GraphModule:
+    """Return a body with its inputs in another order."""
+    inputs = placeholders(body.graph)
+    return up_to(body, [inputs[at] for at in order], results(body.graph)[0])
 
 
 def _unused(module: torch.nn.Module, stem: str) -> str:

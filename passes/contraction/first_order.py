@@ -26,6 +26,7 @@ class Push:
 
     Attributes:
         base: f.
+        point: The position of x among its inputs.
         forward: Whether they are tangents.
         row: n.
         side: The indices that they are summed over.
@@ -34,6 +35,7 @@ class Push:
     """
 
     base: Base
+    point: int
     forward: bool
     row: Index | None
     side: tuple[Index, ...]
@@ -54,7 +56,7 @@ class Push:
             numbers.setdefault(index, len(numbers))
         named = [(f.node, tuple(numbers[i] for i in f.indices)) for f in self.factors]
         enumerated = tuple(numbers[i] for i in self.enumerated)
-        return self.base, self.forward, len(self.side), enumerated, tuple(named)
+        return self.base, self.point, self.forward, len(self.side), enumerated, tuple(named)
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,21 @@ def pushes(term: Term, dims: Sequence[Index | None]) -> Iterator[Planned]:
             batch = tuple(
                 i for i in dict.fromkeys(inside) if i and i in elsewhere and i != term.row
             )
-            push = Push(term.base, forward, term.row, side, batch, chosen)
+            push = Push(*differentiated(term), forward, term.row, side, batch, chosen)
             yield Planned(term, push, left)
 
 
 def whole(term: Term, *, forward: bool) -> Planned:
     """Return the plan that enumerates one side: the Jacobian, which other terms can share."""
     side = term.slots[0] if forward else term.outs
-    return Planned(term, Push(term.base, forward, term.row, side, side, ()), term.factors)
+    push = Push(*differentiated(term), forward, term.row, side, side, ())
+    return Planned(term, push, term.factors)
+
+
+def differentiated(term: Term) -> tuple[Base, int]:
+    """Return the f of a first derivative, and the position of the point among its inputs."""
+    (point,) = term.points
+    return term.base, point
 
 
 def best(terms: Iterable[tuple[Term, Sequence[Index | None]]]) -> list[Planned]:
@@ -116,8 +125,8 @@ def best(terms: Iterable[tuple[Term, Sequence[Index | None]]]) -> list[Planned]:
     from its Jacobian, enumerated over the smaller side."""
     asked = list(terms)
     found: list[Planned | None] = [None] * len(asked)
-    for base in dict.fromkeys(term.base for term, _ in asked):
-        own = [(at, t, d) for at, (t, d) in enumerate(asked) if t.base == base]
+    for operand in dict.fromkeys(differentiated(term) for term, _ in asked):
+        own = [(at, t, d) for at, (t, d) in enumerate(asked) if differentiated(t) == operand]
         plans = [
             [min(pushes(term, dims), key=lambda plan: plan.push.count) for _, term, dims in own],
             *([whole(term, forward=f) for _, term, _ in own] for f in (True, False)),
@@ -162,7 +171,8 @@ def together(expression: Expression) -> tuple[Expression, list[tuple[Held, Term]
     groups: dict[Any, list[Term]] = {}
     canonical = _Canonical(expression.dims)
     for term in map(canonical.renamed, expression.terms):
-        key = term.base, term.row, term.outs, term.slots, term.factors, frozenset(term.fixed)
+        what = term.base, term.row, term.outs, term.slots, term.points
+        key = *what, term.factors, frozenset(term.fixed)
         groups.setdefault(key, []).append(term)
     free: list[Term | None] = []
     held: list[tuple[Held, Term]] = []
@@ -245,7 +255,7 @@ class _Canonical:
         names: dict[Index, Index] = {}
         for place, index in enumerate(places):
             if index is not None and index not in self._dims and index not in names:
-                new = self._names.setdefault((term.base, place), Index(index.size))
+                new = self._names.setdefault((term.base, term.points, place), Index(index.size))
                 names[index] = new
         used = {*places, *self._dims, *(i for f in term.factors for i in f.indices)}
         fixed = {index: value for index, value in term.fixed.items() if index in used}

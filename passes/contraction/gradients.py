@@ -99,25 +99,27 @@ def _with_gradient(term: Term, place: int) -> Term:
                 raise NotPlanned("a seed has an index that is no result's")
         places.append(tuple(at))
     held = tuple(term.fixed.get(index) for index in term.outs)
-    base = _gradient(term.base, _Seed(held, tuple(places)), [f.node for f in mine])
+    point = term.points[place]
+    base = _gradient(term.base, point, _Seed(held, tuple(places)), [f.node for f in mine])
     return replace(
         term,
         base=base,
         outs=slot,
         slots=(*term.slots[:place], *term.slots[place + 1 :]),
+        points=(*term.points[:place], *term.points[place + 1 :]),
         factors=tuple(f for f in term.factors if f not in mine),
     )
 
 
-def _gradient(base: Base, seed: _Seed, explicit: Sequence[Any]) -> Base:
+def _gradient(base: Base, at: int, seed: _Seed, explicit: Sequence[Any]) -> Base:
     """Trace ``g(x, θ, s) = ∇ₓ⟨s, f(x, θ)⟩``."""
     examples = [example_of(item) for item in (*base.inputs, *explicit)]
     count = len(base.inputs)
 
     def gradient(*values: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            point = values[0].detach().requires_grad_()
-            value = run(base.body, [point, *values[1:count]])[0]
+            point = values[at].detach().requires_grad_()
+            value = run(base.body, [*values[:at], point, *values[at + 1 : count]])[0]
             with reverse_pass("cotangent", [value]):
                 return torch.autograd.grad(
                     value,
@@ -131,6 +133,10 @@ def _gradient(base: Base, seed: _Seed, explicit: Sequence[Any]) -> Base:
     simplify(module)
     dissolve_marks(module)
     module.recompile()
-    return Base(
-        module, f"gradient {seed} of {base.code}", (*base.inputs, *explicit), base.order + 1
+    return replace(
+        base,
+        body=module,
+        code=f"gradient {seed} at {at} of {base.code}",
+        inputs=(*base.inputs, *explicit),
+        order=base.order + 1,
     )

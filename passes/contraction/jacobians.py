@@ -13,7 +13,14 @@ from torch.fx import GraphModule, Node
 from passes.contraction.blocks import sum_blocks_only, unflatten
 from passes.contraction.directions import NotPlanned
 from passes.contraction.emitting import Emitter
-from passes.contraction.first_order import Planned, best, is_of_first_order, together, total
+from passes.contraction.first_order import (
+    Planned,
+    best,
+    differentiated,
+    is_of_first_order,
+    together,
+    total,
+)
 from passes.contraction.raising import Raised
 from passes.contraction.terms import Base, Computed, Expression, Factor, Term
 from passes.graph import arguments, drop_dead, hint, reaches, value_of
@@ -143,9 +150,9 @@ def _joined(expression: Expression, node: Node, like: Node, emitter: Emitter) ->
     value = value_of(node)
     terms = list(joined.terms)
     for part, term in held:
-        terms.append(term.times(1.0, emitter.constant(part, term.base.point, like)))
+        terms.append(term.times(1.0, emitter.constant(part, arguments(like)[4], like)))
     types = {_like(f).dtype for term in terms for f in term.factors}
-    types |= {value_of(term.base.point).dtype for term in terms} | {value.dtype}
+    types |= {value_of(_point(term)).dtype for term in terms if term.order} | {value.dtype}
     if any(term.base.order for term in terms):
         raise NotPlanned("what is differentiated is itself a derivative")
     if len(types) > 1 or value.dtype.is_complex:
@@ -154,6 +161,11 @@ def _joined(expression: Expression, node: Node, like: Node, emitter: Emitter) ->
     if any(not term.order and term.base not in bases for term in terms):
         raise NotPlanned("a value is added that is not differentiated here")
     return joined.with_terms(terms)
+
+
+def _point(term: Term) -> Node:
+    base, at = differentiated(term)
+    return base.inputs[at]
 
 
 def _like(factor: Factor) -> Tensor:
@@ -182,23 +194,23 @@ def _worth_it(
     """Plan what needs fewer vectors than are pushed as written."""
     every = [(node, term) for node, found in asked.items() for term in found.terms]
     planned = best((term, asked[node].expression.dims) for node, term in every)
-    written: dict[Base, set[Node]] = {}
+    written: dict[tuple[Base, int], set[Node]] = {}
     for found in asked.values():
         for term in found.terms:
-            written.setdefault(term.base, set()).update(found.below)
+            written.setdefault(differentiated(term), set()).update(found.below)
     fewer = {
-        base
-        for base, nodes in written.items()
-        if total(p for p in planned if p.push.base == base) < sum(map(_pushed, nodes))
+        operand
+        for operand, nodes in written.items()
+        if total(p for p in planned if differentiated(p.term) == operand) < sum(map(_pushed, nodes))
     }
     plans: dict[Node, list[Planned]] = {}
     for (node, term), plan in zip(every, planned, strict=True):
-        if any(t.base in fewer for t in asked[node].terms):
+        if any(differentiated(t) in fewer for t in asked[node].terms):
             plans.setdefault(node, []).append(plan)
             continue
         word = term.base.mixing or "as few vectors as can be go through its body as written"
         reasons |= {names[n]: word for n in asked[node].below if names[n] not in reasons}
-        assert term.base not in fewer
+        assert differentiated(term) not in fewer
     return plans
 
 

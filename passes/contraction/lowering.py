@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from passes.contraction.along import along_layer, first_layers, stacked
 from passes.contraction.directions import Direction, Part, explicit_of
 from passes.contraction.terms import Base, Computed, Factor, Index, example_of, leaves_of
-from passes.graph import drop_dead, finish
+from passes.graph import drop_dead, finish, placeholders
 from passes.nest import dissolve_marks
 from passes.simplify.narrow import narrow_stacks
 from passes.taylor import Jets, push_series
@@ -67,29 +67,35 @@ def lower(base: Base, demands: Sequence[Demand]) -> Lowered:
     explicit = explicit_of(parts)
     inputs = list(dict.fromkeys(n for item in [*base.inputs, *explicit] for n in leaves_of(item)))
     examples = [example_of(item) for item in inputs]
-    layers = first_layers(base.body)
+    own = placeholders(base.body.graph)
+    points = sorted({vector[0] for direction in directions for vector, _ in direction})
+    layers = first_layers(own[points[0]]) if len(points) == 1 else []
 
     def compute(*values: Any) -> list[Tensor]:
         given: dict[Any, Any] = dict(zip(inputs, values, strict=True))
         given |= {item: computed(item, given) for item in explicit}
         body_inputs = [computed(item, given) for item in base.inputs]
-        point = body_inputs[0]
         if not directions:
             terms = [run(base.body, body_inputs)[0]]
             return [_value(demand, terms, directions, given, Jets(0)) for demand in demands]
         weights = None
         if collapsed:
-            weights = _weights(last[0], directions, order, given, point)
+            weights = _weights(last[0], directions, order, given, body_inputs[points[0]])
         jets = Jets(order, weights)
         rest = (None,) * (order - 1)
 
         def layer(out: Tensor, args: tuple) -> Series:
+            point = body_inputs[points[0]]
             return Series((along_layer(directions, point, args[-1], given, out), *rest))
 
-        start = None if layers else Series((stacked(directions, point, given), *rest))
-        still = [None] * (len(body_inputs) - 1)
+        def moved(at: int) -> Series | None:
+            if layers or at not in points:
+                return None
+            return Series((stacked(directions, at, body_inputs[at], given), *rest))
+
         starts = dict.fromkeys(layers, layer)
-        primal, found = push_series(base.body, jets, body_inputs, [start, *still], starts)
+        along = list(map(moved, range(len(body_inputs))))
+        primal, found = push_series(base.body, jets, body_inputs, along, starts)
         terms = [primal[0], *found[0].terms]
         return [_value(demand, terms, directions, given, jets) for demand in demands]
 
@@ -121,17 +127,21 @@ class RowsApart:
 
 def rows_of(base: Base, demands: Sequence[Demand], inputs: Sequence[Node]) -> RowsApart:
     """Return what of a lowered graph keeps rows apart: operands do."""
-    apart, others = {base.point}, {n for item in base.inputs[1:] for n in leaves_of(item)}
-    for part in [part for demand in demands for part in demand.parts]:
+    parts = [part for demand in demands for part in demand.parts]
+    points = base.apart | {v[0] for part in parts for v, _ in part.direction or ()}
+    apart = {base.inputs[at] for at in points}
+    rest = [item for at, item in enumerate(base.inputs) if at not in points]
+    others = {n for item in rest for n in leaves_of(item)}
+    for part in parts:
         read = [(f.node, tuple(i == part.indices[0] for i in f.indices)) for f in part.factors]
         for vector, _ in part.direction or ():
-            if vector[0] == "product":
-                read += [(node, tuple(p == "row" for p in at)) for node, at in vector[1:]]
+            if vector[1] == "product":
+                read += [(node, tuple(p == "row" for p in at)) for node, at in vector[2:]]
         for node, rows in read:
             is_apart = isinstance(node, Node) and rows[:1] == (True,) and not any(rows[1:])
             (apart if is_apart else others).update(leaves_of(node))
     results = tuple(map(_row_dim, demands))
-    order = base.order + max(part.order for demand in demands for part in demand.parts)
+    order = base.order + max(part.order for part in parts)
     return RowsApart(tuple(k for k, n in enumerate(inputs) if n in apart - others), results, order)
 
 

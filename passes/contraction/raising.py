@@ -15,41 +15,45 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from passes import derivative
-from passes.contraction.constants import Constants, is_identity
+from passes.contraction.constants import Constants
+from passes.contraction.differentiating import Differentiable, pulled_back, pushed_along
 from passes.contraction.first_order import cost
 from passes.contraction.moves import MOVES, Move
+from passes.contraction.operands import (
+    dependent,
+    moving_with,
+    place_of,
+    read_by,
+    seen_outside,
+    up_to,
+    whole_operands,
+)
 from passes.contraction.picking import pick
 from passes.contraction.rows import Rows, RowsMix
-from passes.contraction.terms import Base, Computed, Expression, Factor, Index, Term, code_of
+from passes.contraction.terms import (
+    Base,
+    Computed,
+    Expression,
+    Index,
+    Term,
+    code_of,
+)
 from passes.graph import (
     arguments,
     has_hints,
     is_equal,
     is_random,
-    needs,
     placeholders,
     reaches,
     results,
     value_of,
 )
 from passes.nest import body_of, sites
-from passes.simplify.emit import call
 
 aten = torch.ops.aten
-# Views that may be of all of a tensor, in order.
-_WHOLE = {
-    aten.alias.default, aten.permute.default, aten.reshape.default, aten.view.default,
-    aten.expand.default,
-}  # fmt: skip
-# Of one tensor, and linear with numbers 0 and 1.
-_PLAIN = {
-    *_WHOLE, aten.clone.default, aten.t.default, aten.transpose.int, aten.select.int,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._unsafe_view.default,
-    aten.sum.default, aten.sum.dim_IntList,
-}  # fmt: skip
 _DERIVATIVES = (derivative.gradient, derivative.tangent)
 _MOVES: dict[Any, Move] = {
     **MOVES,
@@ -150,17 +154,16 @@ class Raised:
     def _operand(self, node: Node) -> Expression:
         """``f[n, o]``: a value, none of whose rows depends on another row of the point."""
         assert self.point is not None
-        inputs = placeholders(self.module.graph)
-        read = needs([node])
-        first = [self.point, *(n for n in inputs if n is not self.point and n in read)]
+        inputs = read_by(self.module, node)
         at = None if self._rows is None or self.mixing else self._rows.kept[node]
-        body = up_to(self.module, first, node, at or 0)
+        body = up_to(self.module, inputs, node, at or 0)
         dims = tuple(Index(size) for size in value_of(node).shape)
         inner = [n.meta["rows"].order for n in body.graph.nodes if "rows" in n.meta]
         order = max(inner, default=0)
-        base = Base(body, code_of(body), tuple(first), order, mixing=self.mixing)
+        apart = frozenset() if self.mixing else frozenset([inputs.index(self.point)])
+        base = Base(body, code_of(body), tuple(inputs), order, self.mixing, apart)
         row, outs = (None, dims) if at is None else (dims[at], (*dims[:at], *dims[at + 1 :]))
-        return Expression((Term(base, row, outs, ()),), dims)
+        return Expression((Term(base, row, outs),), dims).without_single(at)
 
     def _raised(self, node: Node) -> Expression | None:
         source = node.args[0] if node.args else None
@@ -175,7 +178,6 @@ class Raised:
         explicit = [n for n in list(reads) if self._known(n) is None]
         fixed = {n: self._unmoved(n) for n in self._derived.intersection(explicit)}
         if len(explicit) == len(reads) or None in fixed.values():
-            return None
             return None
         if self.one_by_one and not explicit and len(node.all_input_nodes) == 2:
             found = self._product_of(node, move)
@@ -199,7 +201,9 @@ class Raised:
         result = results(body.graph)[position]
         outside = dict(zip(placeholders(body.graph), inputs, strict=False))
         try:
-            found = _outside(body, _moving(placeholders(body.graph)[:n_points]), outside, result)
+            found = seen_outside(
+                body, moving_with(placeholders(body.graph)[:n_points]), outside, result
+            )
         except RowsMix:
             return None
         return found if isinstance(found, Computed) else None
@@ -219,31 +223,46 @@ class Raised:
     def _result_of(self, node: Node, position: int) -> Expression | None:
         """Return the derivative that a node computes, or the value of what is differentiated."""
         _, n_points, n_outputs, n_batch, *inputs = arguments(node)
+        forward = node.target is derivative.tangent
+        n_derivatives = n_outputs if forward else n_points
         try:
-            if n_points != 1:
-                raise RowsMix(
-                    "a derivative at several points; vmap(jacrev(f), (None, 0)) of parameters and "
-                    "samples is kept as factors"
-                )
-            if n_outputs != 1:
-                raise RowsMix("a derivative of several outputs")
-            if any(is_equal(size, 0) for size in value_of(inputs[0]).shape):
+            if any(is_equal(n, 0) for x in inputs[:n_points] for n in value_of(x).shape):
                 raise RowsMix("a derivative at no points")
             # The body with the derivatives inside it, which forward mode takes apart.
             body = node.meta.get("whole") or body_of(self.module, node)
-            forward = node.target is derivative.tangent
-            expression = self._of_body(body, inputs, max(position - 1, 0))
-            if position > 0:
-                return expression
-            if forward:
-                return self._along(expression, inputs[-1], n_batch)
-            return self._pulled_back(expression, inputs[-1], n_batch, value_of(inputs[0]))
+            if position >= n_derivatives:
+                result = position - n_derivatives
+                (_, point), *_ = dependent(body, [result], range(n_points))
+                return self._of_body(body, inputs, result, point).expression
+            outputs, points = ([position], range(n_points)) if forward else (
+                range(n_outputs), [position]
+            )  # fmt: skip
+            total: Expression | None = None
+            for output, point in dependent(body, outputs, points):
+                found = self._of_body(body, inputs, output, point)
+                if forward:
+                    one = pushed_along(found, inputs[point - n_points], n_batch, self.constants)
+                else:
+                    seed, like = inputs[output - n_outputs], value_of(inputs[point])
+                    one = pulled_back(found, seed, n_batch, like, self.constants)
+                total = one if total is None else total.plus(one)
+                if total is None:
+                    raise RowsMix("derivatives of several outputs, one of them on a diagonal only")
+            return total
         except RowsMix as reason:
             self.refusals[node] = str(reason)
             return None
 
-    def _of_body(self, body: GraphModule, inputs: Sequence[Any], position: int) -> Expression:
+    def _of_body(
+        self, body: GraphModule, inputs: Sequence[Any], position: int, point: int
+    ) -> Differentiable:
         """Return a result of a body, in terms of what is given for its inputs.
+
+        Args:
+            body: What is differentiated.
+            inputs: What is given.
+            position: Of the result.
+            point: The position of the point among the inputs.
 
         Raises:
             RowsMix: It is not linear in operands whose rows are apart.
@@ -255,8 +274,8 @@ class Raised:
         known = self.constants.inside(outside)
         may_be_flat = self.flatten is not None and bool(sites(body))
         try:
-            found = self._linear_result(body, known, outside, position)
-            if not may_be_flat or all(term.order < 2 for term in found.terms):
+            found = self._linear_result(body, known, outside, position, point)
+            if not may_be_flat or all(term.order < 2 for term in found.expression.terms):
                 return found
         except RowsMix:
             if not may_be_flat:
@@ -265,7 +284,8 @@ class Raised:
         flat = self.flatten(body, known)
         new = dict(zip(inside, placeholders(flat.graph), strict=True))
         given = {new[node]: outer for node, outer in outside.items()}
-        return self._linear_result(flat, {new[n]: v for n, v in known.items()}, given, position)
+        constants = {new[n]: v for n, v in known.items()}
+        return self._linear_result(flat, constants, given, position, point)
 
     def _linear_result(
         self,
@@ -273,171 +293,29 @@ class Raised:
         known: dict[Node, Tensor],
         outside: dict[Node, Any],
         position: int,
-    ) -> Expression:
-        point = placeholders(body.graph)[0]
+        number: int,
+    ) -> Differentiable:
+        point = placeholders(body.graph)[number]
         try:
             expression = Raised(body, known, point, flatten=self.flatten).result(position)
         except RowsMix as reason:
             if sites(body) or derivative.holds_user_function(body):
                 raise
             expression = Raised(body, known, point, mixing=str(reason)).result(position)
-        moving = _moving([point])
+        moving = moving_with([point])
 
-        def seen_outside(item: Any) -> Any:
-            return _outside(body, moving, outside, item)
+        def given(item: Any) -> Any:
+            return seen_outside(body, moving, outside, item)
 
-        terms = []
+        terms, at = [], []
         for term in expression.terms:
-            if same_as(term.base.point) is not point:
-                raise RowsMix("an inner derivative at another point")
-            if any(n in moving for n in term.base.inputs[1:] if isinstance(n, Node)):
-                raise RowsMix("an inner derivative reads what moves with the point")
-            rest = map(seen_outside, term.base.inputs[1:])
-            base = replace(term.base, inputs=(outside[point], *rest))
-            terms.append(replace(term, base=base).with_factors(seen_outside))
-        return expression.with_terms(terms)
-
-    def _pulled_back(
-        self, expression: Expression, seed: Any, n_batch: int, point: Tensor
-    ) -> Expression:
-        """``∂/∂x[n, j] Σ s[b, …] E[…]``: rows are apart, so n is E's own row."""
-        at = tuple(Index(size) for size in point.shape)
-        if self._are_units(expression, seed, n_batch):
-            (term,) = expression.terms
-            names = {} if term.row is None else {term.row: at[0]}
-            moved = expression.renamed(names)
-            slot = at if term.row is None else at[1:]
-            found = [replace(t, slots=(*t.slots, slot)) for t in moved.terms]
-            return Expression(tuple(found), (*moved.dims, *at))
-        batch = [Index(size) for size in value_of(seed).shape[:n_batch]]
-        dims = (*batch, *at)
-        terms = []
-        for term in expression.terms:
-            names = {} if term.row is None else {term.row: at[0]}
-            moved = term.renamed(names)
-            assert moved is not None
-            seeds = [None if d is None else names.get(d, d) for d in expression.dims]
-            factor = Factor(seed, (*batch, *seeds))
-            slot = at if term.row is None else at[1:]
-            moved = replace(moved, slots=(*moved.slots, slot)).times(1.0, factor)
-            terms.append(self._simple(moved, dims))
-        return Expression(tuple(terms), dims)
-
-    def _along(self, expression: Expression, direction: Any, n_batch: int) -> Expression:
-        """``Σⱼ ∂E/∂x[n, j] v[b, n, j]``."""
-        if self._are_units(expression, direction, n_batch):
-            (term,) = expression.terms
-            row = () if term.row is None else (term.row,)
-            slot = tuple(Index(size) for size in value_of(direction).shape[n_batch + len(row) :])
-            moved = replace(term, slots=(*term.slots, slot))
-            return Expression((moved,), (*row, *slot, *expression.dims))
-        batch = tuple(Index(size) for size in value_of(direction).shape[:n_batch])
-        dims = (*batch, *expression.dims)
-        terms = []
-        for term in expression.terms:
-            row = () if term.row is None else (term.row,)
-            sizes = value_of(direction).shape[n_batch + len(row) :]
-            slot = tuple(Index(size) for size in sizes)
-            moved = replace(term, slots=(*term.slots, slot))
-            moved = moved.times(1.0, Factor(direction, (*batch, *row, *slot)))
-            terms.append(self._simple(moved, dims))
-        return Expression(tuple(terms), dims)
-
-    def _are_units(self, expression: Expression, vectors: Any, n_batch: int) -> bool:
-        """Whether vectors are all unit vectors, numbered by the dimensions of their space: what
-        numbers them is then what they select, rows too."""
-        if n_batch < 2 or len(expression.terms) != 1 or len(set(expression.dims)) < n_batch:
-            return False
-        known = self.constants.value(vectors)
-        return known is not None and known.dim() == 2 * n_batch and is_identity(known, n_batch)
-
-    def _simple(self, term: Term, dims: Sequence[Index | None]) -> Term:
-        """Take constants apart: numbers into the scale, identities into indices."""
-        for factor in term.factors:
-            known = self.constants.value(factor.node)
-            apart = None if known is None else self.constants.apart(known, factor.indices)
-            if apart is None:
-                continue
-            scale, equal = apart
-            names = {}
-            if equal is not None:
-                free = [index for index in equal if index not in dims]
-                if not free:
-                    continue
-                names = {free[-1]: equal[0] if equal[1] is free[-1] else equal[1]}
-            rest = tuple(f for f in term.factors if f is not factor)
-            moved = replace(term, scale=term.scale * scale, factors=rest).renamed(names)
-            assert moved is not None
-            return self._simple(moved, dims)
-        return term
-
-
-def _moving(points: Sequence[Node]) -> set[Node]:
-    """Return what has a derivative at points."""
-    return reaches(points, through=lambda node: node.target is not derivative.stop)
-
-
-def _outside(body: GraphModule, moving: set[Node], outside: dict[Node, Any], item: Any) -> Any:
-    """Return what is the same as an explicit tensor of a body, outside of it: what is given for an
-    input, or what is computed from that.
-
-    Raises:
-        RowsMix: It depends on the body's point, or on a derivative.
-    """
-    if isinstance(item, Computed):
-        read = tuple(_outside(body, moving, outside, i) for i in item.inputs)
-        return replace(item, inputs=read)
-    if item in outside or not isinstance(item, Node):
-        return outside.get(item, item)
-    if item in moving:
-        raise RowsMix("an inner derivative with a factor that moves with the point")
-    read = needs([item])
-    if any("site" in node.meta for node in read):
-        raise RowsMix("a factor that is computed from another derivative")
-    inputs = [n for n in placeholders(body.graph) if n in read]
-    own = up_to(body, inputs, item)
-    return Computed(own, code_of(own), tuple(outside[n] for n in inputs), value_of(item))
-
-
-def same_as(node: Any) -> Any:
-    """Return the node that a view of all of it, in order, is made of."""
-    while isinstance(node, Node) and node.target in _WHOLE:
-        source: Any = node.args[0]
-        if node.target is aten.permute.default and list(arguments(node)[1]) != sorted(
-            arguments(node)[1]
-        ):
-            break
-        if node.target not in (aten.alias.default, aten.permute.default) and (
-            value_of(source).shape != value_of(node).shape
-        ):
-            break
-        node = source
-    return node
-
-
-def whole_operands(module: GraphModule) -> set[Node]:
-    """Return what the results of a body are views, slices and sums of."""
-    found = set()
-    for node in results(module.graph):
-        while isinstance(node, Node) and node.target in _PLAIN and len(node.all_input_nodes) == 1:
-            node = node.args[0]
-        if isinstance(node, Node) and node.op == "call_function":
-            found.add(node)
-    return found
-
-
-def up_to(module: GraphModule, inputs: Sequence[Node], node: Node, first: int = 0) -> GraphModule:
-    """Return the graph that computes a node from the given inputs, with one of its dimensions made
-    the first."""
-    graph = Graph()
-    copies = {source: graph.node_copy(source) for source in inputs}
-    read = needs([node])
-    for source in module.graph.nodes:
-        if source in read and source not in copies:
-            copies[source] = graph.node_copy(source, copies.__getitem__)
-    result = copies[node]
-    if first:
-        order = [first, *(d for d in range(value_of(node).dim()) if d != first)]
-        result = call(graph, aten.permute.default, (result, order), {}, node)
-    graph.output((result,))
-    return GraphModule(module, graph)
+            place = place_of(point, term.base, moving)
+            inputs = [
+                outside[point] if k == place else given(item)
+                for k, item in enumerate(term.base.inputs)
+            ]
+            apart = term.base.apart | ({place} if term.row is not None else set())
+            base = replace(term.base, inputs=tuple(inputs), apart=apart)
+            terms.append(replace(term, base=base).with_factors(given))
+            at.append(place)
+        return Differentiable(replace(expression, terms=tuple(terms)), tuple(at))

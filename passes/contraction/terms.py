@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from passes.graph import attribute_of, value_of
+from passes.graph import attribute_of, is_one, value_of
 
 _numbers = itertools.count()
 
@@ -90,14 +90,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Base:
-    """``f(x, θ)[n, o]``: what is differentiated, row by row.
+    """``f(x, t, …, θ)[n, o]``: what is differentiated, row by row, at some of its inputs.
 
     Attributes:
-        body: ``f``; its first input is the point, its first result counts.
+        body: ``f``; its first result counts.
         code: What the body computes; two bodies of the same code are one.
-        inputs: The point, and what else the body reads.
-        order: How many derivatives at the point f is itself.
+        inputs: What the body reads, in the order in which it does: the same for all points.
+        order: How many derivatives f is itself.
         mixing: Why its rows mix, where they do: f[o] is a whole, without n.
+        apart: Positions of the inputs whose rows are proven to be apart.
     """
 
     body: GraphModule = field(compare=False)
@@ -105,11 +106,7 @@ class Base:
     inputs: tuple[Any, ...]
     order: int = 0
     mixing: str = field(default="", compare=False)
-
-    @property
-    def point(self) -> Node:
-        """x, whose first dimension is the rows."""
-        return self.inputs[0]
+    apart: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,8 @@ class Term:
         base: f.
         row: n; None where rows mix, and their dimension is one of the others.
         outs: The indices of the dimensions of f's result after the first.
-        slots: For each of the k derivatives the indices of the point's other dimensions.
+        slots: For each of the k derivatives the indices of its point's other dimensions.
+        points: For each of them the position of the point among the inputs of f.
         scale: A number.
         factors: Explicit tensors.
         fixed: Indices that have one value.
@@ -130,7 +128,8 @@ class Term:
     base: Base
     row: Index | None
     outs: tuple[Index, ...]
-    slots: tuple[tuple[Index, ...], ...]
+    slots: tuple[tuple[Index, ...], ...] = ()
+    points: tuple[int, ...] = ()
     scale: float = 1.0
     factors: tuple[Factor, ...] = ()
     fixed: Mapping[Index, int] = field(default_factory=dict)
@@ -139,6 +138,10 @@ class Term:
     def order(self) -> int:
         """k."""
         return len(self.slots)
+
+    def differentiated(self, slot: tuple[Index, ...], point: int) -> Term:
+        """Return the term with one derivative more."""
+        return replace(self, slots=(*self.slots, slot), points=(*self.points, point))
 
     def renamed(self, names: Mapping[Index, Index]) -> Term | None:
         """Return the term with indices replaced; None if it is zero, an index having two
@@ -219,6 +222,15 @@ class Expression:
         if index is None:
             return self
         return replace(self.with_terms([t.at(index, value) for t in self.terms]), dims=dims)
+
+    def without_single(self, *kept: int | None) -> Expression:
+        """Return the expression with the indices that have one value held at it, save those of some
+        dimensions."""
+        found = self
+        for dim, index in enumerate(self.dims):
+            if dim not in kept and index is not None and is_one(index.size):
+                found = found.at(dim, 0)
+        return found
 
     def permuted(self, order: Sequence[int]) -> Expression:
         """Return the expression with its dimensions in another order."""

@@ -66,7 +66,7 @@ def _without(term: Term, index: Index, place: int, dims: tuple[Index | None, ...
     slots = tuple(
         "here" if at == place else tuple(map(name, slot)) for at, slot in enumerate(term.slots)
     )
-    head = (term.base, name(term.row), tuple(map(name, term.outs)), slots, term.scale)
+    head = (term.base, name(term.row), tuple(map(name, term.outs)), slots, term.points, term.scale)
     factors = tuple((f.node, tuple(map(name, f.indices))) for f in term.factors)
     hidden = (index, *term.slots[place])
     fixed = frozenset((name(i), v) for i, v in term.fixed.items() if i not in hidden)
