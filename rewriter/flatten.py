@@ -30,6 +30,7 @@ from rewriter.capture import example_of
 from rewriter.errors import CaptureError, NeedsNumber
 from rewriter.marking import Marking, UserFunction
 from rewriter.padding import write_out_padding
+from rewriter.widths import with_known_sizes
 
 aten = torch.ops.aten
 
@@ -146,7 +147,10 @@ def _body(half: GraphModule, here: str) -> GraphModule:
 
 def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, Marking]:
     examples = [example_of(node) for node in placeholders(captured.graph)]
-    constants = [x.detach() if isinstance(x, Tensor) else x for x in examples]
+    mode = fake_mode_of(examples)
+    constants = [
+        with_known_sizes(x.detach(), mode) if isinstance(x, Tensor) else x for x in examples
+    ]
     marking = Marking(captured, expand_points=expand_points)
 
     def run(*values: Any) -> Any:
@@ -156,7 +160,7 @@ def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, Ma
         finally:
             marking.unwind()
 
-    return trace_before_autograd(run, constants, fake_mode_of(examples)), marking
+    return trace_before_autograd(run, constants, mode), marking
 
 
 def _take_out_updates(module: GraphModule) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
 from rewriter.options import Options
 from rewriter.twice import write_out
+from rewriter.widths import fix_widths
 
 _MAKERS = {
     "flatten": "rewriter.flatten",
@@ -167,6 +168,8 @@ def rewrite(
         stage("nest", lambda: (module, nest(module)))
     except NotNested as error:
         raise CaptureError(str(error)) from error
+    if options.dynamic is None and fix_widths(module):
+        return rewrite(captured, options, function)
     roles = Roles(
         wanted=as_written.wanted,
         unreached=as_written.unreached,
