@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
+from passes.contraction.repeated import repeated_result
 from passes.contraction.terms import Index
 from passes.graph import is_impure, value_of
 
@@ -36,12 +37,18 @@ class Constants:
         Args:
             outside: The body's inputs → what is given for them.
         """
-        found = {inner: self.value(outer) for inner, outer in outside.items()}
+        found = {inner: self.repeated(outer) for inner, outer in outside.items()}
         return {inner: value for inner, value in found.items() if value is not None}
 
     def value(self, node: Any) -> Tensor | None:
         """Return the value of a constant; None for what is none, or too large, or has symbolic
         sizes."""
+        found = self.repeated(node)
+        return None if found is None or _is_open(value_of(node)) else found
+
+    def repeated(self, node: Any) -> Tensor | None:
+        """Return the value of a constant, with size 1 along dimensions of symbolic sizes: it is the
+        same all along them; None for what is no constant, or too large."""
         if not isinstance(node, Node):
             return None
         if node not in self._known:
@@ -54,6 +61,8 @@ class Constants:
             return None
         if is_impure(node) or node.op != "call_function":
             return None
+        if any(map(_is_open, map(value_of, [node, *node.all_input_nodes]))):
+            return repeated_result(node, self.repeated)
         read: dict[Node, Any] = {}
         for source in node.all_input_nodes:
             known = _shape_of(source) if node.target in _OF_SHAPE else self.value(source)
@@ -98,7 +107,7 @@ def is_identity(value: Tensor, batch_dims: int) -> bool:
 
 
 def _shape_of(node: Node) -> Tensor | None:
-    """Return a tensor of a node's shape, if its sizes are numbers."""
+    """Return a tensor of a node's shape."""
     like = value_of(node)
     if not isinstance(like, Tensor) or not _is_small(like):
         return None
@@ -106,4 +115,10 @@ def _shape_of(node: Node) -> Tensor | None:
 
 
 def _is_small(like: Tensor) -> bool:
-    return all(isinstance(size, int) for size in like.shape) and like.numel() <= LARGEST
+    return math.prod(size for size in like.shape if isinstance(size, int)) <= LARGEST
+
+
+def _is_open(like: Any) -> bool:
+    """Whether a tensor has a symbolic size, or is one."""
+    sizes = like.shape if isinstance(like, Tensor) else [like]
+    return any(isinstance(size, torch.SymInt) for size in sizes)

@@ -90,7 +90,7 @@ def _are_units(expression: Expression, vectors: Any, n_batch: int, constants: Co
 def _simple(term: Term, dims: Sequence[Index | None], constants: Constants) -> Term:
     """Take constants apart: numbers into the scale, identities into indices."""
     for factor in term.factors:
-        known = constants.value(factor.node)
+        known = constants.repeated(factor.node)
         apart = None if known is None else constants.apart(known, factor.indices)
         if apart is None:
             continue

@@ -223,7 +223,7 @@ def _add(known: Known, constants: Constants, node: Node) -> Expression | None:
 
 def _is_zero(constants: Constants, item: Any) -> bool:
     if isinstance(item, Node):
-        value = constants.value(item)
+        value = constants.repeated(item)
         return value is not None and not bool(value.any())
     return isinstance(item, (int, float)) and item == 0
 
