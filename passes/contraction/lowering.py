@@ -289,7 +289,8 @@ def _contracted(
     for at, index in enumerate(dims):
         if index is None:
             product = product.unsqueeze(at)
-        elif index in fixed:
+    for at, index in enumerate(dims):
+        if index is not None and index in fixed:
             positions = torch.arange(like.shape[at], device=product.device) == fixed[index]
             shape = [-1 if d == at else 1 for d in range(len(dims))]
             product = product * positions.to(product.dtype).view(shape)

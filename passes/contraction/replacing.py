@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import derivative
+from passes.contraction.batches import split_batches
 from passes.contraction.directions import NotPlanned, parts_of
 from passes.contraction.gradients import with_gradients
 from passes.contraction.lowering import Demand, Lowered, lower, rows_of
@@ -84,6 +85,7 @@ def replace_contractions(
         The sites that are gone, and why others are not, by name.
     """
     names = {site.name for site in all_sites(module, sites(module))}
+    split_batches(module)
     taken = plan(module, may)
     if taken.order > 3 or any(
         site.order > 1 and site.name in taken.reasons for site in all_sites(module, sites(module))

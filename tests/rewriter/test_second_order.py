@@ -12,7 +12,7 @@ from torch.func import functional_call, hessian, jacrev, vmap
 from torch.fx import Graph
 
 from passes.graph import value_of
-from rewriter import OptimizedLoss
+from rewriter import OptimizedLoss, optimize_nested
 from tests.oracle import check, flops_per_forward
 
 DIM, ROWS = 7, 6
@@ -99,6 +99,31 @@ def test_hessian_times_thin_matrix() -> None:
     net, x, v = network(), points(), torch.randn(ROWS, DIM, 2, dtype=torch.float64)
     decorated = check(loss, [net], x, v, strategy="taylor")
     assert flops_per_forward(decorated, net, x, v) <= 6 * (1 + 2) + 0.5
+    assert_no_hessian(decorated, net, x, v)
+
+
+def test_open_batch() -> None:
+    """Unit vectors for each row of a batch of any size are known to be such."""
+
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("nij,nj->ni", by_transform(hessian)(net, x), v).square().mean()
+
+    net, x, v = network(), points(), torch.randn(ROWS, DIM, dtype=torch.float64)
+    decorated = optimize_nested(loss, backend="eager", dynamic=True)
+    assert {site.strategy for site in decorated.explain(net, x, v).sites} == {"taylor"}
+    assert flops_per_forward(decorated, net, x, v) <= 12.5
+
+
+@pytest.mark.parametrize("full", ["rows", "hessian"])
+def test_along_columns(full: str) -> None:
+    """``vᵀHv`` for each column of a thin matrix: value, and two coefficients for each."""
+
+    def loss(net: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("nij,nik,njk->nk", HESSIANS[full](net, x), v, v).square().mean()
+
+    net, x, v = network(), points(), torch.randn(ROWS, DIM, 2, dtype=torch.float64)
+    decorated = check(loss, [net], x, v, strategy="taylor")
+    assert flops_per_forward(decorated, net, x, v) <= 3 * (1 + 2 * 2)
     assert_no_hessian(decorated, net, x, v)
 
 
