@@ -643,6 +643,17 @@ def source_name(placeholder: Node) -> str:
     return str(name() if callable(name) else name or placeholder.name)
 
 
+def marked_sizes(captured: torch.fx.GraphModule) -> list[Any]:
+    """Return the sizes that the user has told Dynamo to keep open, by `torch._dynamo.mark_dynamic`:
+    to fix one is an error."""
+    found = []
+    for node in captured.graph.find_nodes(op="placeholder"):
+        tensor = getattr(node.meta.get("grapharg"), "example", None)
+        marked = getattr(tensor, "_dynamo_dynamic_indices", ())
+        found += [example_of(node).shape[dim] for dim in marked]
+    return found
+
+
 def is_traced() -> bool:
     """Whether another compilation or a dispatch mode is open around this call."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

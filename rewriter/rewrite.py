@@ -17,7 +17,7 @@ from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
 from passes.share import share
 from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
-from rewriter.capture import keep_numbers, source_name
+from rewriter.capture import keep_numbers, marked_sizes, source_name
 from rewriter.choose import Choice, choose
 from rewriter.detached import detached_derivatives
 from rewriter.errors import CaptureError, NotRewritten
@@ -168,7 +168,7 @@ def rewrite(
         stage("nest", lambda: (module, nest(module)))
     except NotNested as error:
         raise CaptureError(str(error)) from error
-    if options.dynamic is None and fix_widths(module):
+    if options.dynamic is None and fix_widths(module, marked_sizes(captured)):
         return rewrite(captured, options, function)
     roles = Roles(
         wanted=as_written.wanted,

@@ -7,6 +7,7 @@ directions of Taylor mode are as many as the point is wide, and a graph holds th
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,18 +35,20 @@ def with_known_sizes(example: Tensor, mode: Any) -> Tensor:
         return torch.empty_strided(sizes, strides, dtype=example.dtype, device=example.device)
 
 
-def fix_widths(module: GraphModule) -> int:
+def fix_widths(module: GraphModule, open_sizes: Sequence[Any] = ()) -> int:
     """Fix the symbolic widths of points of second and higher derivatives, their last dimension: a
     guard on each, so that another width is another graph. One that is too large for its coordinates
     to be directions stays as it is.
 
     Args:
         module: A derivative graph.
+        open_sizes: Sizes that must stay as they are, and what is computed of them.
 
     Returns:
         How many were fixed.
     """
     fixed = 0
+    kept = {symbol for size in open_sizes for symbol in _symbols(size)}
     for node in sites(module):
         if node.meta["site"].order < 2:
             continue
@@ -53,10 +56,14 @@ def fix_widths(module: GraphModule) -> int:
         for point in inputs[:n_points]:
             for size in value_of(point).shape[1:][-1:]:
                 is_open = isinstance(_known(size), torch.SymInt) and size.node.has_hint()
-                if is_open and hint(size) <= MOST:
+                if is_open and kept.isdisjoint(_symbols(size)) and hint(size) <= MOST:
                     int(size)  # which is a guard
                     fixed += 1
     return fixed
+
+
+def _symbols(size: Any) -> set[Any]:
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
 
 
 def _known(size: Any) -> Any:

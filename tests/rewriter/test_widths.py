@@ -73,3 +73,15 @@ def test_widths(
         flops = decorated.explain(net, x).flops
         assert flops is not None
         assert flops <= (6 + 3 * directions(width) + 1) * forward
+
+
+def test_marked_width() -> None:
+    """A width that the user keeps open is not fixed: a graph for all of them."""
+    decorated = optimize_nested(columns, backend="eager")
+    for width in (2, 3):
+        net, x = Free(width), torch.randn(ROWS, width, dtype=torch.float64).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(net.weights[0], 0)
+        value, expected = decorated(net, x), columns(net, x)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=0.0)
+    assert len(decorated.steps) == 1
