@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.graph import arguments, is_equal, value_of
+from passes.markers import stop
 
 aten = torch.ops.aten
 # Operators that fill a tensor → with what; None for their argument at a position.
@@ -28,8 +29,8 @@ _FILLED: dict[Any, tuple[float | None, int]] = {
 }  # fmt: skip
 # They take dimensions, and elements, one by one.
 _MOVED = {
-    aten.alias.default, aten.clone.default, aten.neg.default, aten.permute.default, aten.t.default,
-    aten.transpose.int, aten.unsqueeze.default,
+    aten.alias.default, aten.clone.default, aten.detach.default, aten.neg.default,
+    aten.permute.default, aten.t.default, aten.transpose.int, aten.unsqueeze.default, stop,
 }  # fmt: skip
 _RESHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 # Where they have the dimensions that they work along.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 
 from rewriter import optimize_nested
-from tests.oracle import check, flops_per_forward
+from tests.oracle import assert_same, check, flops_per_forward, outcome
 
 DIM = 4
 
@@ -211,6 +211,18 @@ def test_one_of_several_outputs() -> None:
 def test_open_sizes(name: str) -> None:
     """Identities are not known to be such: what is a direction then has an index of its own."""
     check(LAPLACIANS[name], [network()], points(), weights(), dynamic=True)
+
+
+@pytest.mark.parametrize("name", ["loop", "stacked"])
+def test_another_batch(name: str) -> None:
+    """A row costs the same where the number of rows is a symbol."""
+    loss, net, x, w = LAPLACIANS[name], network(), points().detach(), weights()
+    decorated = optimize_nested(loss, backend="eager")
+    first, second = x.clone().requires_grad_(), x[:12].clone().requires_grad_()
+    closed, opened = (decorated.explain(net, rows, w) for rows in (first, second))
+    assert opened.flops_formula.free_symbols and not closed.flops_formula.free_symbols
+    assert opened.flops * 16 == closed.flops * 12
+    assert_same(outcome(decorated, [net], (second, w), {}), outcome(loss, [net], (second, w), {}))
 
 
 def test_along_vectors() -> None:
