@@ -77,17 +77,6 @@ BILINEAR = {
     aten.dot.default: (0, 1),
 }
 
-# Operators whose derivative in PyTorch is not everywhere the gradient of what they compute: the
-# derivative of it need not be symmetric, and forward mode is no substitute for reverse mode.
-NOT_A_GRADIENT: dict[Any, str] = {
-    aten.as_strided_scatter.default: "PyTorch gives what is overwritten a gradient too",
-    aten.cholesky_inverse.default: "it reads a triangle and its gradient is symmetric",
-    aten.triangular_solve.default: "it reads a triangle and its second derivative does not",
-    aten.linalg_pinv.atol_rtol_tensor: "with hermitian=True it reads a triangle only",
-    aten.max_unpool2d.default: "equal indices overwrite each other and all get a gradient",
-    aten.max_unpool3d.default: "equal indices overwrite each other and all get a gradient",
-}
-
 # ẋ times a derivative that is a formula in the result ``y`` and the argument ``x``.
 ELEMENTWISE: dict[Any, Callable[[Tensor, Tensor], Any]] = {
     aten.exp.default: lambda y, x: y,

@@ -52,6 +52,7 @@ from passes.graph import (
     value_of,
 )
 from passes.nest import body_of, sites
+from passes.symmetry import not_a_gradient
 
 aten = torch.ops.aten
 _DERIVATIVES = (derivative.gradient, derivative.tangent)
@@ -270,6 +271,9 @@ class Raised:
         if any(is_random(node) for node in body.graph.nodes):
             raise RowsMix("a random draw inside")
         inside = placeholders(body.graph)
+        reason = not_a_gradient(body, [inside[point]])
+        if reason:
+            raise RowsMix(reason)
         outside = dict(zip(inside, inputs, strict=False))
         known = self.constants.inside(outside)
         may_be_flat = self.flatten is not None and bool(sites(body))

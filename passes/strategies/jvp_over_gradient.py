@@ -17,8 +17,8 @@ from passes.nest import active_nodes, all_sites, body_of, sites
 from passes.origin import note_new, note_site
 from passes.simplify import simplify
 from passes.strategies.base import FORWARD, Inside, Refused, Strategy
+from passes.symmetry import not_a_gradient
 from passes.tangent_rules import NoRule
-from passes.tangent_tables import NOT_A_GRADIENT
 from passes.tracing import fake_mode_of, trace
 from passes.tracking import reverse_pass, run
 
@@ -77,10 +77,13 @@ class JvpOverGradient(Strategy):
                 "a user-defined autograd.Function: its backward need not be the derivative of its "
                 "forward, so the symmetry of the Hessian is not proven"
             )
-        _refuse_where_no_gradient(body_of(module, node))
+        body = body_of(module, node)
+        reason = not_a_gradient(body, placeholders(body.graph)[:n_points])
+        if reason:
+            raise Refused(reason)
         used = sorted({arguments(item)[1] for item in node.users})
         name = node.meta["site"].name
-        body, taken = self._inner_sites_built(body_of(module, node), parts, active, inside)
+        body, taken = self._inner_sites_built(body, parts, active, inside)
         try:
             self._replace(module, node, body, parts, active, used, known)
         except NoRule as error:
@@ -211,20 +214,6 @@ def _gradients(
         return torch.autograd.grad(
             outputs, at, seeds, create_graph=True, allow_unused=True, materialize_grads=True
         )
-
-
-def _refuse_where_no_gradient(body: GraphModule) -> None:
-    """Refuse a body with an operator whose derivative is not everywhere a gradient."""
-    for node in body.graph.nodes:
-        if node.target in NOT_A_GRADIENT and _is_meant(node):
-            raise Refused(f"{node.target}: {NOT_A_GRADIENT[node.target]}")
-    for inner in sites(body):
-        _refuse_where_no_gradient(body_of(body, inner))
-
-
-def _is_meant(node: Node) -> bool:
-    hermitian = node.target is torch.ops.aten.linalg_pinv.atol_rtol_tensor
-    return not hermitian or bool(node.kwargs.get("hermitian", False))
 
 
 def _example(read: Any) -> Any:

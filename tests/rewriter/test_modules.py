@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.func import functional_call, jacfwd, vmap
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -127,7 +128,50 @@ class Words(nn.Module):
 @pytest.mark.parametrize("options", [{"padding_idx": 2}, {"scale_grad_by_freq": True}], ids=str)
 def test_embedding(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    check(penalty, [Words(**options).double()], points())
+    report = check(penalty, [Words(**options).double()], points()).explain(
+        Words(**options).double(), points()
+    )
+    assert report.sites[0].strategy == "jvp_over_gradient"  # the table is no point
+
+
+class Sentence(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words = nn.Embedding(6, 3, **options)
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.last(self.words(positions).tanh()).sum()
+
+
+def hessian_vector(net: nn.Module, positions: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(net(positions).square(), net.words.weight, create_graph=True)
+    (product,) = torch.autograd.grad(g.sum(), net.words.weight, create_graph=True)
+    return product.square().sum()
+
+
+def jacobian_norm(net: nn.Module, positions: Tensor) -> Tensor:
+    parameters = dict(net.named_parameters())
+
+    def output(parameters: dict[str, Tensor], sentence: Tensor) -> Tensor:
+        return functional_call(net, parameters, (sentence,)).square()
+
+    per_sample = vmap(jacfwd(output), (None, 0))(parameters, positions)
+    return sum(part.square().sum() for part in per_sample.values())
+
+
+@pytest.mark.parametrize("loss", [hessian_vector, jacobian_norm])
+@pytest.mark.parametrize("options", [{"padding_idx": 2}, {"scale_grad_by_freq": True}], ids=str)
+def test_table_that_moves(loss: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    """Of a padding row PyTorch's forward mode computes what its reverse mode leaves out."""
+    torch.manual_seed(0)
+    net = Sentence(**options).double()
+    with torch.no_grad():
+        net.words.weight[2] = 0.7
+    positions = torch.tensor([[0, 2, 2, 5], [1, 2, 0, 0]])
+    report = check(loss, [net], positions).explain(net, positions)
+    strategies = {site.strategy for site in report.sites}
+    assert strategies.isdisjoint({"jvp_over_gradient", "contraction", "taylor"})
 
 
 # hooks
