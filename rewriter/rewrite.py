@@ -14,6 +14,7 @@ from passes.graph import copy_graph, is_float, placeholders, print_graph, result
 from passes.joint import Roles, trace_value
 from passes.markers import MARKS
 from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
+from passes.price import evaluated, price, size_hints
 from passes.share import share
 from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
@@ -109,8 +110,10 @@ class Rewritten:
         return all_sites(self.derivative, sites(self.derivative))
 
     def value_graph(self) -> GraphModule:
-        """Trace the loss's value and state updates alone."""
-        return trace_value(self.derivative)
+        """Trace the loss's value and state updates alone: of the form that was taken, unless plain
+        derivatives cost less where nothing is pulled back."""
+        graphs = [trace_value(self.choice.form), trace_value(self.derivative)]
+        return min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
 
 
 def rewrite(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 
+from passes.price import FlopCounter, evaluated, price, size_hints
 from rewriter import optimize_nested
 from tests.oracle import assert_same, check, flops_per_forward, outcome
 
@@ -223,6 +224,22 @@ def test_another_batch(name: str) -> None:
     assert opened.flops_formula.free_symbols and not closed.flops_formula.free_symbols
     assert opened.flops * 16 == closed.flops * 12
     assert_same(outcome(decorated, [net], (second, w), {}), outcome(loss, [net], (second, w), {}))
+
+
+def test_value_alone() -> None:
+    """Without a gradient of the loss: the value, D tangents, one sum of second derivatives."""
+
+    def value(net: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        return loop(net, x, w).detach()
+
+    net, x, w = network(), points(), weights()
+    (step,) = check(value, [net], x, w).steps
+    graph = step.rewritten.value_graph()
+    with FlopCounter() as forward, torch.no_grad():
+        net(x)
+    assert evaluated(price(graph).flops, size_hints(graph)) <= (2 + DIM) * evaluated(
+        forward.flops, {}
+    )
 
 
 def test_along_vectors() -> None:
