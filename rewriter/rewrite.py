@@ -110,8 +110,8 @@ class Rewritten:
         return all_sites(self.derivative, sites(self.derivative))
 
     def value_graph(self) -> GraphModule:
-        """Trace the loss's value and state updates alone, with plain derivatives or in the form that
-        was taken, whichever costs less where nothing is pulled back."""
+        """Trace the loss's value and state updates alone: with plain derivatives or in the form
+        that was taken, whichever costs less where nothing is pulled back."""
         graphs = [trace_value(self.derivative), trace_value(self.choice.form)]
         return min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
 
