@@ -112,7 +112,8 @@ class Rewritten:
     def value_graph(self) -> GraphModule:
         """Trace the loss's value and state updates alone: with plain derivatives or in the form
         that was taken, whichever costs less where nothing is pulled back."""
-        graphs = [trace_value(self.derivative), trace_value(self.choice.form)]
+        modules = dict.fromkeys([self.derivative, self.choice.form])
+        graphs = map(trace_value, modules)
         return min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
 
 

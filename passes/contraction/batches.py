@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 from passes.graph import are_equal, arguments, is_equal, is_one, reaches, value_of
 from passes.nest import sites
 from passes.simplify.emit import call
+from passes.simplify.filled import RESHAPES
 
 aten = torch.ops.aten
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 def split_batches(module: GraphModule) -> int:
@@ -30,7 +30,7 @@ def split_batches(module: GraphModule) -> int:
     derived = reaches(sites(module))
     changed = 0
     for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
-        if node not in derived or not all(user.target in _RESHAPES for user in node.users):
+        if node not in derived or not all(user.target in RESHAPES for user in node.users):
             continue
         _, rows, columns = value_of(node).shape
         sources = [source for source in map(_source, arguments(node)) if source is not None]
@@ -55,7 +55,7 @@ def split_batches(module: GraphModule) -> int:
 
 def _source(operand: Any) -> Node | None:
     """Return what a reshape that joins dimensions reads."""
-    if not isinstance(operand, Node) or operand.target not in _RESHAPES:
+    if not isinstance(operand, Node) or operand.target not in RESHAPES:
         return None
     source = arguments(operand)[0]
     return source if len(_without_ones(source)) > 2 else None

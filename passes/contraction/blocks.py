@@ -21,9 +21,9 @@ from passes.contraction.raising import Raised
 from passes.graph import are_equal, arguments, drop_dead, value_of
 from passes.nest import sites
 from passes.simplify.emit import call
+from passes.simplify.filled import RESHAPES
 
 aten = torch.ops.aten
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _SAME = {aten.alias.default, aten.clone.default}
 _SPLITS = {aten.split_with_sizes.default, aten.split.Tensor}
 _SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
@@ -93,9 +93,7 @@ def _regroup(node: Node, whole: Node, groups: list[list[int]]) -> None:
     shape = value_of(whole).shape
     order = [at for group in groups for at in group]
     for user in list(node.users):
-        if user.target in _RESHAPES and are_equal(
-            value_of(user).shape, [shape[at] for at in order]
-        ):
+        if user.target in RESHAPES and are_equal(value_of(user).shape, [shape[at] for at in order]):
             with user.graph.inserting_before(user):
                 turned = call(user.graph, aten.permute.default, (whole, order), {}, user)
             user.replace_all_uses_with(turned)
@@ -113,7 +111,7 @@ def _permuted(node: Node, rank: int) -> list[int] | None:
     order = list(range(rank))
     if node.target in _SAME:
         return order
-    if node.target in (aten.expand.default, *_RESHAPES):
+    if node.target in (aten.expand.default, *RESHAPES):
         same = are_equal(value_of(node).shape, value_of(arguments(node)[0]).shape)
         return order if same else None
     if node.target is aten.permute.default:

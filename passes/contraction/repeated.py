@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.graph import arguments, is_equal, value_of
 from passes.markers import stop
+from passes.simplify.filled import RESHAPES
 
 aten = torch.ops.aten
 # Operators that fill a tensor → with what; None for their argument at a position.
@@ -32,7 +33,6 @@ _MOVED = {
     aten.alias.default, aten.clone.default, aten.detach.default, aten.neg.default,
     aten.permute.default, aten.t.default, aten.transpose.int, aten.unsqueeze.default, stop,
 }  # fmt: skip
-_RESHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 # Where they have the dimensions that they work along.
 _ALONG = {
     aten.diagonal.default: slice(2, 4), aten.diagonal_scatter.default: slice(3, 5),
@@ -61,7 +61,7 @@ def repeated_result(node: Node, read: Callable[[Any], Tensor | None]) -> Tensor 
     if not found or any(x is None for x in found):
         return None
     before = value_of(sources[0]).shape
-    if (target in _RESHAPED and _keeps_open(before, like.shape)) or target is aten.expand.default:
+    if (target in RESHAPES and _keeps_open(before, like.shape)) or target is aten.expand.default:
         args = (args[0], shape)
     elif target in _ALONG:
         named = args[_ALONG[target]] or (0, 1)

@@ -20,6 +20,7 @@ from passes.custom_rules import CUSTOM
 from passes.derivative import taylor
 from passes.graph import is_equal, is_one, reaches, value_of, where
 from passes.markers import stop
+from passes.simplify.filled import RESHAPES
 from passes.tangent_tables import ELEMENTWISE, FROM_BACKWARD
 
 aten = torch.ops.aten
@@ -48,7 +49,6 @@ _ALONG = {
     aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default,
     aten.logsumexp.default,
 }  # fmt: skip
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _SPLITS = {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.unbind.int: 1}
 
 
@@ -174,7 +174,7 @@ def _of_one(node: Node, source: Node, row: int) -> int | None:
     args: Any = node.args
     target: Any = node.target
     rank = value_of(source).dim()
-    if target in _RESHAPES:
+    if target in RESHAPES:
         return _reshaped(value_of(source).shape, value_of(node).shape, row)
     if target is aten.permute.default:
         return [d % rank for d in args[1]].index(row)

@@ -215,18 +215,27 @@ def largest(module: GraphModule) -> int:
     return max(elements(value) for value in values if isinstance(value, Tensor))
 
 
-def assert_kept(case: Case) -> GraphModule:
-    """Same value in the same layout, exactly these operators, no more FLOPs; a second run changes
-    nothing."""
-    inputs = tensors(case)
-    module = traced(case.function, *inputs)
+def kept(
+    function: Callable[..., Any], inputs: list[Tensor], changes: int
+) -> tuple[GraphModule, GraphModule]:
+    """Return a function's graph with factors kept, and as it was: of the same value, after so many
+    changes."""
+    module = traced(function, *inputs)
     drop_dead(module.graph)
     reference = copy_graph(module)
-    assert keep_factors(module.graph) == case.changes
+    assert keep_factors(module.graph) == changes
     drop_dead(module.graph)
     module.graph.lint()
     module.recompile()
     assert_same(module, reference, inputs)
+    return module, reference
+
+
+def assert_kept(case: Case) -> GraphModule:
+    """Same value in the same layout, exactly these operators, no more FLOPs; a second run changes
+    nothing."""
+    inputs = tensors(case)
+    module, reference = kept(case.function, inputs, case.changes)
     for mine, theirs in zip(module(*inputs), reference(*inputs), strict=True):
         assert mine.stride() == theirs.stride()
     assert work_of(module) < work_of(reference) or not case.changes

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.bytes import is_view
 from passes.graph import copy_graph, drop_dead, elements
 from passes.price import price
 from passes.simplify.factors import keep_factors
 from passes.simplify.groups import fold_groups
 from passes.simplify.masks import narrow_masks
 from tests.passes.flat import random_points
+from tests.passes.test_factors import kept, largest
 from tests.passes.test_simplify import assert_same, traced
 
 aten = torch.ops.aten
@@ -156,17 +156,7 @@ KEPT = {
 def test_gradients_of_samples_are_not_formed(name: str) -> None:
     case = KEPT[name]
     inputs = [random_points(*shape) for shape in case.shapes]
-    module = traced(case.function, *inputs)
-    drop_dead(module.graph)
-    reference = copy_graph(module)
-    assert keep_factors(module.graph) == case.changes
-    drop_dead(module.graph)
-    module.graph.lint()
-    module.recompile()
-    assert_same(module, reference, inputs)
+    module, _ = kept(case.function, inputs, case.changes)
     assert keep_factors(module.graph) == 0
     if case.changes:
-        computed = (n for n in module.graph.nodes if n.op == "call_function" and not is_view(n))
-        values = [n.meta["val"] for n in computed]
-        formed = N * elements(torch.empty(case.shapes[2]))
-        assert max(elements(v) for v in values if isinstance(v, Tensor)) < formed
+        assert largest(module) < N * elements(torch.empty(case.shapes[2]))

@@ -67,10 +67,14 @@ VIEWS = {
 }  # fmt: skip
 
 
-def with_reshapes(graph: Graph) -> int:
+def make_reshapes(graph: Graph) -> None:
     """As in a captured graph, where no view relies on a layout."""
     for node in graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default
+
+
+def merged(graph: Graph) -> int:
+    make_reshapes(graph)
     changes = merge_views(graph)
     drop_dead(graph)
     return changes
@@ -78,7 +82,7 @@ def with_reshapes(graph: Graph) -> int:
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_merge_views(name: str) -> None:
-    assert_rule(with_reshapes, VIEWS[name])
+    assert_rule(merged, VIEWS[name])
 
 
 def constant(number: float, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -112,10 +116,8 @@ STACKS = {
 }  # fmt: skip
 
 
-def as_reshapes(graph: Graph) -> int:
-    """As in a captured graph, where no view relies on a layout."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default
+def narrowed(graph: Graph) -> int:
+    make_reshapes(graph)
     changes = narrow_stacks(graph)
     drop_aliases(graph)
     drop_dead(graph)
@@ -124,7 +126,7 @@ def as_reshapes(graph: Graph) -> int:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_narrow_stacks(name: str) -> None:
-    assert_rule(as_reshapes, STACKS[name])
+    assert_rule(narrowed, STACKS[name])
 
 
 FILLED = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.bytes import is_view
-from passes.graph import copy_graph, drop_dead, elements
+from passes.graph import copy_graph, drop_dead
 from passes.simplify.factors import keep_factors
 from passes.simplify.groups import fold_groups
 from tests.passes.flat import random_points
+from tests.passes.test_factors import kept, largest
 from tests.passes.test_simplify import assert_same, traced
 
 aten = torch.ops.aten
@@ -95,20 +95,10 @@ CASES = {
 def test_no_table_for_each_sample(name: str) -> None:
     case = CASES[name]
     inputs = [random_points(LENGTH, WIDTH), POSITIONS, random_points(N, T, WIDTH)]
-    module = traced(case.function, *inputs)
-    drop_dead(module.graph)
-    reference = copy_graph(module)
-    assert keep_factors(module.graph) == case.changes
-    drop_dead(module.graph)
-    module.graph.lint()
-    module.recompile()
-    assert_same(module, reference, inputs)
+    module, _ = kept(case.function, inputs, case.changes)
     assert keep_factors(module.graph) == 0
     if case.changes:
-        computed = (n for n in module.graph.nodes if n.op == "call_function" and not is_view(n))
-        values = [n.meta["val"] for n in computed]
-        most = max(elements(v) for v in values if isinstance(v, Tensor))
-        assert most <= max(LENGTH * WIDTH, (N * T) ** 2)
+        assert largest(module) <= max(LENGTH * WIDTH, (N * T) ** 2)
 
 
 @pytest.mark.parametrize("positions", [POSITIONS, POSITIONS[:, 0]])
