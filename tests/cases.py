@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 
 # Losses of (net, x): what people write.
 
@@ -280,13 +281,26 @@ class WrittenNorm(nn.Module):
         return normal * self.weight.view(shape) + self.bias.view(shape)
 
 
+class WrittenWeightNorm(nn.Module):
+    """``weight_norm`` by its formula: PyTorch's second derivatives of it by ``v`` are wrong."""
+
+    def __init__(self, layer: _WeightNorm) -> None:
+        super().__init__()
+        self.dim = layer.dim
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return v * (g / torch.norm_except_dim(v, 2, self.dim))
+
+
 def with_written_norms(net: nn.Module) -> nn.Module:
-    """Return the network with its norm layers replaced by their formulas, those that keep
-    statistics only in train mode; names of parameters stay."""
+    """Return the network with its norm layers and weight normalizations replaced by their
+    formulas, those that keep statistics only in train mode; names of parameters stay."""
     norms = (nn.LayerNorm, nn.InstanceNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)
     for name, child in list(net.named_children()):
         if isinstance(child, norms) and (child.training or isinstance(child, nn.LayerNorm)):
             setattr(net, name, WrittenNorm(child))
+        elif isinstance(child, _WeightNorm):
+            setattr(net, name, WrittenWeightNorm(child))
         else:
             with_written_norms(child)
     return net
