@@ -110,7 +110,7 @@ def trace_step(
 
     def gradients(outputs: Sequence[Any], inputs: list[Any], given: Sequence[Tensor]) -> list[Any]:
         ends = [outputs[i] for i in roles.differentiable]
-        found: Sequence[Any] = [None] * len(reached)
+        found: Sequence[Any] = [torch.zeros_like(inputs[i]) for i in reached]
         with reverse_pass("gradient", ends):
             seeds = list(given) if cotangents else [torch.ones_like(u) for u in ends]
             live = [(u, c) for u, c in zip(ends, seeds, strict=True) if u.requires_grad]

@@ -442,7 +442,7 @@ UNARY = (
 )  # fmt: skip
 BINARY = (
     "{a} * {b}", "{a} + {b}", "{a} - 0.5 * {b}", "{a}[:, 0:1] * {b}",
-    "torch.where({a} > 0, {a}, {b})",
+    "torch.where({a} > 1e-6, {a}, {b})",  # a derivative may be zero but for rounding
     "torch.maximum({a}, {b})", "torch.cat([{a}[:, :2], {b}[:, 2:]], 1)", "{a} * {b}.detach()",
     "({a} * {b}).sum(1, keepdim=True) * {a}", "{a} @ {b}.mT @ {b} / 4", "{a} / (1 + {b}.square())",
     "torch.stack([{a}, {b}]).sum(0)",

@@ -278,7 +278,7 @@ def _vectors(push: Push, through: Tensor, point: Tensor, tensors: Sequence[Tenso
         known = [*row_size, *map(_known, through.shape[len(row_size) :])]
     n = len(push.enumerated)
     total = total.expand(*total.shape[:n], *known)
-    return total.reshape(-1, *known) if n > 1 else total
+    return total.flatten(0, n - 1) if n > 1 else total
 
 
 def _known(size: Any) -> int:

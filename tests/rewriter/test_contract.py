@@ -139,6 +139,25 @@ def test_no_grad_computes_the_value(net: nn.Module, x: Tensor) -> None:
         assert relative_error(loss(net, x).clone(), reference) < 1e-12
 
 
+def of_nothing(net: nn.Module, x: Tensor) -> Tensor:
+    """A Hessian of a linear function, which is zero."""
+    points = x.detach().requires_grad_()
+    _, h = torch.autograd.functional.hvp(lambda z: (x * z).sum(), points, x, create_graph=True)
+    return (net(x) * h).sum()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "taylor"])
+def test_gradients_are_zeros_where_eager_has_zeros(
+    net: nn.Module, x: Tensor, strategy: str
+) -> None:
+    """Not None, of which an optimizer makes something else."""
+    loss = optimize_nested(of_nothing, backend="eager", strategy=strategy)
+    x.requires_grad_()
+    loss(net, x).backward()
+    mine = [None if leaf.grad is None else leaf.grad.abs().sum() for leaf in (x, *net.parameters())]
+    assert mine == [0.0] * len(mine)
+
+
 def test_frozen_parameters(net: nn.Module, x: Tensor) -> None:
     loss = eager(penalty)
     loss(net, x).backward()

@@ -321,3 +321,29 @@ def test_as_cheap_as_it_can_be() -> None:
     assert site.strategy == "reverse"
     reasons = {c.strategy: c.reason for c in site.candidates}
     assert "as few vectors" in reasons["contraction"]
+
+
+@pytest.mark.parametrize("way", [rows, functional, reverse, forward])
+@pytest.mark.parametrize("use", [trace, jv, squares])
+def test_of_no_samples(way: Full, use: Use) -> None:
+    """A batch may be empty: the last of a data set, or what a mask leaves."""
+    check(contracted(way, use), [network()], random(0, DIM), random(0, DIM))
+
+
+def test_per_sample_of_no_samples() -> None:
+    """Whose axes are another way around than the way they are written above."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        full = jacfwd(lambda z: net(z).sum(0))(x)
+        return torch.einsum("kbk->bk", full).square().sum() + (full @ x[0:0].mT).sum()
+
+    check(loss, [network()], random(0, DIM))
+
+
+def test_in_parameters_of_no_samples() -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        parameters = list(net.parameters())
+        grads = torch.autograd.grad(net(x).square().sum(), parameters, create_graph=True)
+        return sum((g.square().sum() for g in grads), torch.zeros(()))
+
+    check(loss, [network()], random(0, DIM))

@@ -227,6 +227,8 @@ def permuted(expression: Expression, order: Sequence[int]) -> Expression:
 
 def reshaped(expression: Expression, sizes: Sequence[Any]) -> Expression:
     """Group the indices into other dimensions; an index is split where it has to be."""
+    if any(isinstance(size, int) and size == 0 for size in sizes):
+        raise NotAProduct("an empty tensor")
     left, dims = list(sum(expression.dims, ())), []
     for size in sizes:
         dim: Dim = ()
