@@ -36,7 +36,7 @@ from torch.fx import GraphModule
 from torch.fx._graph_pickler import GraphPickler
 from torch.fx._graph_pickler import Options as PicklerOptions
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.bytes import size_in_bytes
 from passes.graph import copy_graph, hint, is_random, placeholders, value_of
@@ -316,7 +316,7 @@ def packed(module: GraphModule, mode: str) -> bytes:
     module = copy_graph(module)
     module.meta.clear()
     for node in module.graph.nodes:
-        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+        node.meta = {"val": tree_map(_on_its_own, node.meta["val"])} if "val" in node.meta else {}
     try:
         graph = GraphPickler.dumps(module, PicklerOptions(ops_filter=None))
         return pickle.dumps((graph, Settings.now(mode)))
@@ -324,6 +324,16 @@ def packed(module: GraphModule, mode: str) -> bytes:
         raise CannotPack(
             f"the graph or Inductor's settings cannot be pickled: {type(error).__name__}: {error}"
         ) from error
+
+
+def _on_its_own(value: Any) -> Any:
+    """A fake tensor that is no view of another: PyTorch cannot pickle the mode of that one."""
+    if not isinstance(value, Tensor) or value._base is None:
+        return value
+    with fake_mode_of([value]):
+        return torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
 
 
 def fill_cache(data: bytes) -> None:

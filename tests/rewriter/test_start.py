@@ -98,6 +98,20 @@ def test_switch_between_two_calls(background: Background) -> None:
     assert wait_until_compiled(timeout=0)
 
 
+def test_views_go_to_another_process(background: Background) -> None:
+    """Along a coordinate, a tangent is a slice of the first layer's weight."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        p = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(net(p).sum(), p, create_graph=True)
+        (h,) = torch.autograd.grad(g[:, 0].sum(), p, create_graph=True)
+        return (g[:, 1] - h[:, 0]).square().sum()
+
+    net, x = example()
+    optimize_nested(loss, start="tiered")(net, x)
+    assert len(background.jobs) == 1
+
+
 def test_wait_until_compiled(background: Background) -> None:
     """After it the very next call is compiled: of forward and backward graph alike."""
     net, x = example()
