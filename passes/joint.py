@@ -106,13 +106,27 @@ def trace_step(
         cotangents: Fake cotangents of the differentiable outputs; none for a scalar whose cotangent
             is 1.
     """
+    step = step_of(run, roles, leaves, len(examples))
+    joint = trace(step, [*examples, *cotangents], fake_mode_of(examples))
+    finish_joint(joint)
+    return joint
+
+
+def step_of(
+    run: Callable[[list[Any]], Sequence[Any]],
+    roles: Roles,
+    leaves: Sequence[int],
+    n_inputs: int,
+) -> Callable[..., tuple[list[Any], list[Any], list[Any]]]:
+    """Return ``(*inputs, *cotangents) → (outputs, updates, gradients)``, computed by autograd; see
+    `trace_step`."""
     reached = [i for i in roles.wanted if i not in roles.unreached]
 
     def gradients(outputs: Sequence[Any], inputs: list[Any], given: Sequence[Tensor]) -> list[Any]:
         ends = [outputs[i] for i in roles.differentiable]
         found: Sequence[Any] = [torch.zeros_like(inputs[i]) for i in reached]
         with reverse_pass("gradient", ends):
-            seeds = list(given) if cotangents else [torch.ones_like(u) for u in ends]
+            seeds = list(given) or [torch.ones_like(u) for u in ends]
             live = [(u, c) for u, c in zip(ends, seeds, strict=True) if u.requires_grad]
             if live and reached:
                 found = torch.autograd.grad(
@@ -126,7 +140,7 @@ def trace_step(
         return [by_input.get(i) for i in roles.wanted]
 
     def step(*values: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        inputs, given = list(values[: len(examples)]), values[len(examples) :]
+        inputs, given = list(values[:n_inputs]), values[n_inputs:]
         with torch.enable_grad():
             for i in leaves:
                 inputs[i] = inputs[i].detach().requires_grad_()
@@ -134,9 +148,7 @@ def trace_step(
             grads = gradients(out, inputs, given)
         return list(out[: roles.n_outputs]), list(out[roles.n_outputs :]), grads
 
-    joint = trace(step, [*examples, *cotangents], fake_mode_of(examples))
-    finish_joint(joint)
-    return joint
+    return step
 
 
 def finish_joint(joint: GraphModule) -> None:

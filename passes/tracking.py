@@ -59,9 +59,11 @@ class Tracked(Interpreter):
             return super().call_function(target, args, kwargs)
 
 
-def run(module: GraphModule, inputs: Sequence[Any]) -> Any:
-    """Run a graph; a trace of it knows of each node where it is from."""
-    return Tracked(module).run(*inputs) if has_preserved_node_meta() else module(*inputs)
+def run(module: GraphModule, inputs: Sequence[Any], derivatives: Collection[Any] = ()) -> Any:
+    """Run a graph; a trace of it knows of each node where it is from. See `Tracked`."""
+    if not has_preserved_node_meta():
+        return module(*inputs)
+    return Tracked(module, derivatives=derivatives).run(*inputs)
 
 
 def run_flat(module: GraphModule, inputs: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from rewriter.ahead.compile import compile_ahead
-from rewriter.codegen import keeps_code
+from rewriter.deferred import Deferred, step_for
 from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.layer import Layers, optimize_class, optimize_module
@@ -27,7 +27,7 @@ from rewriter.options import Options, make_options
 from rewriter.progress import shown
 from rewriter.recorder import Recorder
 from rewriter.report import Report
-from rewriter.rewrite import Rewritten, in_full, rewrite
+from rewriter.rewrite import Rewritten, in_full, prepare, rewrite
 from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.start import get_ready
@@ -52,14 +52,14 @@ class OptimizedLoss(Specialising):
                 function, self._built, check=options.check, dynamic=options.dynamic
             )
 
-    def _build(self, captured: GraphModule) -> Step:
+    def _build(self, captured: GraphModule) -> Step | Deferred:
         is_told = bool(wanted()) or is_asked_for()
         if not explaining.get():
             get_ready(captured, self.options)
-        is_compiled = self.options.backend == "inductor" and keeps_code()
-        recalls = is_compiled and not (is_told or explaining.get())
         with shown(f"rewriting {self.name}"):
-            rewritten = rewrite(captured, self.options, self.name, recalls=recalls)
+            if not (is_told or explaining.get()):
+                return step_for(prepare(captured, self.options, self.name), self.options)
+            rewritten = rewrite(captured, self.options, self.name)
         if is_told:
             report = self._report(rewritten)
             log_built(report)

@@ -1,4 +1,4 @@
-"""Compile graphs in a process of their own, while this one trains.
+"""Search and compile in a process of its own, while this one trains.
 
 A process and not a thread: Inductor's tracing replaces methods of `torch.nn.Module` for all
 threads, and holds the interpreter's lock. The process leaves its code in Inductor's cache on disk;
@@ -18,28 +18,35 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 WORKER = "rewriter.background_worker"
+LINGERS = 30.0  # seconds: a search is followed by what it has found, to be compiled
+
+
+Task = Callable[[bytes], bytes]
 
 
 class Job:
-    """A graph that is being compiled in the background.
+    """Something that is being done in the background.
 
     Attributes:
-        data: What `rewriter.codegen.packed` returned.
-        done: Set when the compilation has ended, well or not.
+        task: A function at the top of a module.
+        data: What it is called with.
+        done: Set when it has ended, well or not.
+        answer: What it has returned.
         error: Why it failed; empty if it did not.
         seconds: How long it took, the wait for its turn included.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.done = data, threading.Event()
-        self.error, self.seconds = "", 0.0
+    def __init__(self, task: Task, data: bytes) -> None:
+        self.task, self.data, self.done = task, data, threading.Event()
+        self.answer, self.error, self.seconds = b"", "", 0.0
         self.start = time.perf_counter()
 
-    def end(self, error: str) -> None:
+    def end(self, error: str, answer: bytes = b"") -> None:
         """Be done."""
-        self.data, self.error = b"", error
+        self.data, self.error, self.answer = b"", error, answer
         self.seconds = time.perf_counter() - self.start
         self.done.set()
 
@@ -58,8 +65,8 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the training
         )
 
-    def run(self, data: bytes) -> str:
-        """Let a graph be compiled; return why that failed, or nothing.
+    def run(self, task: Task, data: bytes) -> tuple[str, bytes]:
+        """Let a task be done; return why it failed, or nothing, and its answer.
 
         Raises:
             EOFError: The process has ended before that.
@@ -67,7 +74,7 @@ class _Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
-            pickle.dump(data, stdin)
+            pickle.dump((task, data), stdin)
             stdin.flush()
             return pickle.load(stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
@@ -102,23 +109,25 @@ class Queue:
 
     def forget(self) -> None:
         """Begin empty, as a forked process must: it has none of the threads."""
-        self._lock = threading.Lock()
+        self._more, self._is_ending = threading.Condition(), False
         self._waiting: deque[Job] = deque()
         self._thread: threading.Thread | None = None
         self._worker: _Worker | None = None
 
-    def submit(self, data: bytes) -> Job:
-        """Begin to compile what `rewriter.codegen.packed` returned."""
-        job = Job(data)
-        with self._lock:
+    def submit(self, task: Task, data: bytes) -> Job:
+        """Begin a task."""
+        job = Job(task, data)
+        with self._more:
             self._waiting.append(job)
+            self._more.notify()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=WORKER, daemon=True)
                 self._thread.start()
         return job
 
     def _next(self) -> Job | None:
-        with self._lock:
+        with self._more:
+            self._more.wait_for(lambda: self._waiting or self._is_ending, LINGERS)
             if self._waiting:
                 return self._waiting.popleft()
             self._thread = None
@@ -129,7 +138,7 @@ class Queue:
         while job := self._next():
             try:
                 worker = self._worker = worker or _Worker()
-                job.end(worker.run(job.data))
+                job.end(*worker.run(job.task, job.data))
             except (EOFError, OSError) as error:
                 job.end(str(error))
                 if worker is not None:
@@ -140,8 +149,10 @@ class Queue:
 
     def stop(self) -> None:
         """Let the interpreter end without waiting for what is being compiled."""
-        with self._lock:
+        with self._more:
             self._waiting.clear()
+            self._is_ending = True
+            self._more.notify()
             thread, worker = self._thread, self._worker
         if thread is not None and worker is not None:
             worker.kill()

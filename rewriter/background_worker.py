@@ -1,4 +1,4 @@
-"""The process behind `rewriter.background`: compiles the graphs that come in on standard input."""
+"""The process behind `rewriter.background`: does the tasks that come in on standard input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 import threading
 from typing import BinaryIO
 
-from rewriter.codegen import fill_cache
+from rewriter.background import Task
 
 
-def _read(stream: BinaryIO, jobs: queue.Queue[bytes]) -> None:
-    """Take in jobs; when there can be no more, end even if one is being compiled: nobody waits."""
+def _read(stream: BinaryIO, jobs: queue.Queue[tuple[Task, bytes]]) -> None:
+    """Take in jobs; when there can be no more, end even if one is being done: nobody waits."""
     try:
         while True:
             jobs.put(pickle.load(stream))
@@ -24,24 +24,23 @@ def _read(stream: BinaryIO, jobs: queue.Queue[bytes]) -> None:
         os._exit(0)
 
 
-def _compiled(data: bytes) -> str:
-    """Compile a graph; return why that failed, or nothing."""
+def done(task: Task, data: bytes) -> tuple[str, bytes]:
+    """Do a task; return why it failed, or nothing, and its answer."""
     try:
-        fill_cache(data)
+        return "", task(data)
     # Whatever a compiler raises is for the process that asked, which reports it.
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    return ""
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", b""
 
 
 def main() -> None:
-    """Answer each job with why it failed, or nothing."""
+    """Answer each job with what `done` returns."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what compilers print is no answer
-    jobs: queue.Queue[bytes] = queue.Queue()
+    jobs: queue.Queue[tuple[Task, bytes]] = queue.Queue()
     threading.Thread(target=_read, args=(sys.stdin.buffer, jobs), daemon=True).start()
     while True:
-        pickle.dump(_compiled(jobs.get()), answers)
+        pickle.dump(done(*jobs.get()), answers)
         answers.flush()
 
 

@@ -119,7 +119,7 @@ def choose(
         memory = Recollection(module, roles, seeded=seeded)
         found = _recalled(memory, forms)
         if found is not None:
-            return _choice(found, [found], is_recalled=True)
+            return sole_choice(found)
     written = evaluated(as_written.flops, size_hints(module))
     tried, untried = list[Form](), 0
     at_least = {} if asked or options.is_measured else _ruled_out(forms, roles, written)
@@ -145,6 +145,26 @@ def choose(
         at_least=at_least,
         finalists=_finalists(tried, written) if options.is_measured else (),
     )
+
+
+def sole_choice(form: Form) -> Choice:
+    """Return a form that another process has chosen, where nothing else was priced."""
+    return _choice(form, [form], is_recalled=True)
+
+
+def cheapest(module: GraphModule, roles: Roles, written: int) -> Form | None:
+    """Return what `choose` takes where the user asks for nothing; None if that is the loss as
+    written.
+
+    Args:
+        module: The derivative graph; its joint graph takes no cotangents.
+        roles: What its inputs and outputs are.
+        written: The FLOPs of the loss as written.
+    """
+    forms = Forms(module, roles, seeded=False)
+    settled = {name: TAYLOR for part in _ruled_out(forms, roles, written) for name in part}
+    best = min(_searched(forms, {}, settled, Options()).tried, key=preference)
+    return best if best.candidate.flops <= written else None
 
 
 def _choice(taken: Form, tried: Sequence[Form], **known: Any) -> Choice:

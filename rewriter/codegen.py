@@ -33,10 +33,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx import GraphModule
-from torch.fx._graph_pickler import GraphPickler
-from torch.fx._graph_pickler import Options as PicklerOptions
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from passes.bytes import size_in_bytes
 from passes.graph import copy_graph, hint, is_random, placeholders, value_of
@@ -44,6 +42,7 @@ from passes.price import evaluated, size_hints
 from passes.tracing import fake_mode_of
 from rewriter.capture import replaced
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
+from rewriter.parcel import CannotPack, pack, unpack
 
 Compiled = Callable[..., Sequence[Any]]
 _ALIGNMENT = 16  # bytes
@@ -296,10 +295,6 @@ def _finder() -> str:
     return str(module)
 
 
-class CannotPack(Exception):
-    """A graph cannot be compiled in another process; says why."""
-
-
 def packed(module: GraphModule, mode: str) -> bytes:
     """Return a graph and the settings of this process, for `fill_cache` in another one.
 
@@ -313,37 +308,23 @@ def packed(module: GraphModule, mode: str) -> bytes:
     """
     if not keeps_code():
         raise CannotPack("Inductor's cache on disk is switched off")
-    module = copy_graph(module)
-    module.meta.clear()
-    for node in module.graph.nodes:
-        node.meta = {"val": tree_map(_on_its_own, node.meta["val"])} if "val" in node.meta else {}
+    graph = pack(module)
     try:
-        graph = GraphPickler.dumps(module, PicklerOptions(ops_filter=None))
         return pickle.dumps((graph, Settings.now(mode)))
     except Exception as error:
         raise CannotPack(
-            f"the graph or Inductor's settings cannot be pickled: {type(error).__name__}: {error}"
+            f"Inductor's settings cannot be pickled: {type(error).__name__}: {error}"
         ) from error
 
 
-def _on_its_own(value: Any) -> Any:
-    """A fake tensor that is no view of another: PyTorch cannot pickle the mode of that one."""
-    if not isinstance(value, Tensor) or value._base is None:
-        return value
-    with fake_mode_of([value]):
-        return torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device=value.device
-        )
-
-
-def fill_cache(data: bytes) -> None:
+def fill_cache(data: bytes) -> bytes:
     """Compile what `packed` returned; the code is left in Inductor's cache on disk, where
     `compile_graph` finds it."""
     graph, settings = pickle.loads(data)
     settings.apply()
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    module: Any = GraphPickler.loads(graph, mode)
+    module = unpack(graph, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
     compile_graph(module, "inductor", settings.mode, strict=True)
+    return b""
 
 
 def package_graph(module: GraphModule, mode: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from passes.origin import mark_of, note
 from passes.price import Price, evaluated, node_flops, price, size_hints
 from passes.strategies import NAMES, put_in_form
 from passes.tracing import example_inputs
-from passes.tracking import Tracked
+from passes.tracking import run
 from rewriter.capture import DERIVATIVES
 from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.stateful import WRITTEN_OUT, levels_restored
@@ -193,18 +193,9 @@ class Forms:
         """
         roles = self.roles
         like = [value_of(results(self.module.graph)[i]) for i in roles.differentiable]
-        captured = _written_out(captured, self.sites)
-
-        def run(inputs: list[Any]) -> list[Any]:
-            for i in roles.updated:
-                inputs[i] = inputs[i].clone()
-            with levels_restored():
-                outputs = Tracked(captured, derivatives=DERIVATIVES).run(*inputs)
-            return [*outputs, *(inputs[i] for i in roles.updated)]
-
         start = time.perf_counter()
         joint = trace_step(
-            run,
+            as_written(captured, self.sites, roles),
             example_inputs(self.module),
             roles,
             leaves=[i for i in roles.wanted if i not in promoted],
@@ -212,6 +203,28 @@ class Forms:
         )
         candidate = _priced({site.name: AS_WRITTEN for site in self.sites}, joint)
         return Form(candidate, self.module, joint, 0.0, time.perf_counter() - start)
+
+
+def as_written(
+    captured: GraphModule, found: Sequence[Site], roles: Roles
+) -> Callable[[list[Any]], list[Any]]:
+    """Return ``inputs → (*outputs, *updates)``, the captured graph itself.
+
+    Args:
+        captured: The loss as written.
+        found: Its nested derivatives.
+        roles: What its inputs and outputs are.
+    """
+    module = _written_out(captured, found)
+
+    def compute(inputs: list[Any]) -> list[Any]:
+        for i in roles.updated:
+            inputs[i] = inputs[i].clone()
+        with levels_restored():
+            outputs = run(module, inputs, DERIVATIVES)
+        return [*outputs, *(inputs[i] for i in roles.updated)]
+
+    return compute
 
 
 def _written_out(captured: GraphModule, found: Sequence[Site]) -> GraphModule:

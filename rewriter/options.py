@@ -35,7 +35,9 @@ class Options:
             the best candidates on the arguments of the first call and keep the fastest.
         start: ``"compiled"`` compiles before the first step, so that runs repeat bit by bit;
             ``"tiered"`` runs the first steps op by op while Inductor compiles in a process of its
-            own, and switches between two calls: see `rewriter.wait_until_compiled`.
+            own, and switches between two calls: see `rewriter.wait_until_compiled`. Where the
+            cheapest form takes long to find, the very first are as written, and the search goes on
+            in that process.
         dynamic: As in `torch.compile`.
         strategy: A strategy's name for all sites, or a mapping from site names to strategies;
             ``"auto"`` takes the cheapest.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,10 +19,11 @@ from passes.share import share
 from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
 from rewriter.capture import keep_numbers, marked_sizes, source_name
-from rewriter.choose import Choice, choose
+from rewriter.choose import Choice, choose, sole_choice
 from rewriter.detached import detached_derivatives
 from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
+from rewriter.forms import Form
 from rewriter.options import Options
 from rewriter.twice import write_out
 from rewriter.widths import fix_widths
@@ -69,8 +70,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Rewritten:
-    """A specialisation of a loss, rewritten.
+class Prepared:
+    """A specialisation of a loss with its nested derivatives found, and no form chosen for them.
 
     Attributes:
         captured: What Dynamo captured; run under autograd it is the loss as written.
@@ -81,7 +82,6 @@ class Rewritten:
         derivative: The derivative graph, every site as `passes.derivative.gradient`.
         roles: What its inputs and outputs are.
         seeded: Whether the joint graph takes the outputs' cotangents as inputs.
-        choice: The form taken, with every candidate's price and every refusal's reason.
         stages: The graph after each pass.
         detached: Warnings about inner derivatives that the outer gradient does not see.
         function: The loss's name.
@@ -94,20 +94,30 @@ class Rewritten:
     derivative: GraphModule
     roles: Roles
     seeded: bool
-    choice: Choice
     stages: tuple[Stage, ...]
     detached: tuple[str, ...]
     function: str
 
     @property
-    def joint(self) -> GraphModule:
-        """Loss, state updates and gradients as one graph."""
-        return self.choice.joint
-
-    @property
     def sites(self) -> list[Site]:
         """The nested derivatives, inner ones first."""
         return all_sites(self.derivative, sites(self.derivative))
+
+
+@dataclass(frozen=True)
+class Rewritten(Prepared):
+    """A specialisation of a loss, rewritten.
+
+    Attributes:
+        choice: The form taken, with every candidate's price and every refusal's reason.
+    """
+
+    choice: Choice
+
+    @property
+    def joint(self) -> GraphModule:
+        """Loss, state updates and gradients as one graph."""
+        return self.choice.joint
 
     def value_graph(self) -> GraphModule:
         """Trace the loss's value and state updates alone: with plain derivatives or in the form
@@ -135,45 +145,35 @@ def rewrite(
         OptionError: ``strategy`` names a site that does not exist, or a strategy that a site does
             not accept.
     """
+    return decide(prepare(captured, options, function), options, recalls=recalls)
+
+
+def prepare(captured: GraphModule, options: Options, function: str = "") -> Prepared:
+    """Run the pipeline up to the choice of a form; see `rewrite`."""
     keep_numbers(captured)
     stages: list[Stage] = []
-
-    def stage(
-        name: str, run: Callable[[], tuple[GraphModule, int]], seconds: float = 0.0
-    ) -> GraphModule:
-        start = time.perf_counter()
-        module, changes = run()
-        seconds += time.perf_counter() - start
-        stages.append(Stage(name, copy_graph(module), changes, seconds, _MAKERS[name]))
-        verify(module)
-        return module
-
-    flats: list[Flat] = []
-
-    def flattened() -> tuple[GraphModule, int]:
-        flats.append(flatten(captured))
-        return flats[0].module, 0
-
-    module = stage("flatten", flattened)
-    flat = flats[0]
+    start = time.perf_counter()
+    flat = flatten(captured)
+    seconds = time.perf_counter() - start
+    module = _staged(stages, "flatten", lambda: (flat.module, 0), seconds)
     try:
         as_written = measure(captured, flat.promoted)
     except RuntimeError:
         if not write_out(captured):
             raise
-        return rewrite(captured, options, function, recalls=recalls)
+        return prepare(captured, options, function)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
     detached = detached_derivatives(module, requiring, as_written.differentiable)
     if detached and options.strict:
         raise NotRewritten(f"strict=True: {detached[0]}")
-    stage("share", lambda: (module, share(module, active_nodes(module, requiring))))
+    _staged(stages, "share", lambda: (module, share(module, active_nodes(module, requiring))))
     try:
-        stage("nest", lambda: (module, nest(module)))
+        _staged(stages, "nest", lambda: (module, nest(module)))
     except NotNested as error:
         raise CaptureError(str(error)) from error
     if options.dynamic is None and fix_widths(module, marked_sizes(captured)):
-        return rewrite(captured, options, function)
+        return prepare(captured, options, function)
     roles = Roles(
         wanted=as_written.wanted,
         unreached=as_written.unreached,
@@ -183,26 +183,64 @@ def rewrite(
     )
     active = active_nodes(module, requiring)
     check_differentiability(module, roles.n_outputs, roles.differentiable, active)
-    seeded = not _is_one_scalar(module, roles) or _has_half_precision(module)
-    choice = choose(
-        module, roles, seeded, captured, as_written, flat.promoted, options, recalls=recalls
-    )
-    stage("choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
-    simplified = choice.joint.meta["simplified"]
-    stage("joint", lambda: (choice.joint, simplified), choice.trace_seconds)
-    return Rewritten(
+    return Prepared(
         captured=captured,
         names=tuple(source_name(node) for node in placeholders(captured.graph)),
         as_written=as_written,
         flat=flat,
         derivative=module,
         roles=roles,
-        seeded=seeded,
-        choice=choice,
+        seeded=not _is_one_scalar(module, roles) or _has_half_precision(module),
         stages=tuple(stages),
         detached=tuple(detached),
         function=function,
     )
+
+
+def decide(
+    prepared: Prepared, options: Options, *, recalls: bool = False, form: Form | None = None
+) -> Rewritten:
+    """Run the rest of the pipeline.
+
+    Args:
+        prepared: What `prepare` returned.
+        options: The user's wishes.
+        recalls: See `rewrite`.
+        form: The form to take; without, one is chosen.
+    """
+    if form is not None:
+        choice = sole_choice(form)
+    else:
+        choice = choose(
+            prepared.derivative,
+            prepared.roles,
+            prepared.seeded,
+            prepared.captured,
+            prepared.as_written,
+            prepared.flat.promoted,
+            options,
+            recalls=recalls,
+        )
+    stages, simplified = list(prepared.stages), choice.joint.meta["simplified"]
+    _staged(stages, "choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
+    _staged(stages, "joint", lambda: (choice.joint, simplified), choice.trace_seconds)
+    known = {field.name: getattr(prepared, field.name) for field in fields(Prepared)}
+    return Rewritten(**{**known, "stages": tuple(stages)}, choice=choice)
+
+
+def _staged(
+    stages: list[Stage],
+    name: str,
+    run: Callable[[], tuple[GraphModule, int]],
+    seconds: float = 0.0,
+) -> GraphModule:
+    """Run a pass, note what it made, and check it."""
+    start = time.perf_counter()
+    module, changes = run()
+    seconds += time.perf_counter() - start
+    stages.append(Stage(name, copy_graph(module), changes, seconds, _MAKERS[name]))
+    verify(module)
+    return module
 
 
 def in_full(rewritten: Rewritten, options: Options) -> Rewritten:

@@ -8,16 +8,16 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch.fx import GraphModule
 
 from passes.graph import placeholders
 from rewriter.background import queue
 from rewriter.codegen import (
-    CannotPack,
     Compiled,
     compile_graph,
+    fill_cache,
     get_toolchain_ready,
     has_compiler,
     is_for_cpp,
@@ -25,6 +25,7 @@ from rewriter.codegen import (
 )
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.options import Options
+from rewriter.parcel import CannotPack
 from rewriter.progress import shown
 from rewriter.stateful import set_aside
 
@@ -105,8 +106,8 @@ class Tiered:
         self._seconds = 0.0
         self._error = ""
         self._switching = threading.Lock()
-        self._job = queue.submit(packed(module, options.mode))
-        _waiting.add(self)
+        self._job = queue.submit(fill_cache, packed(module, options.mode))
+        waiting.add(self)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         run = self._run
@@ -129,7 +130,7 @@ class Tiered:
                 self._load()
         finally:
             self._is_waiting = False
-            _waiting.discard(self)
+            waiting.discard(self)
             self._switching.release()
 
     def _load(self) -> None:
@@ -173,7 +174,19 @@ def _refuse(reason: str, *_: Any) -> Sequence[Any]:
     raise OptimizeNestedError(reason)
 
 
-_waiting: weakref.WeakSet[Tiered] = weakref.WeakSet()
+class Switching(Protocol):
+    """What switches to something faster when a job in the background is done."""
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait for the job; return whether it is done."""
+        ...
+
+    def switch(self) -> None:
+        """Switch, now that the job is done; wait for no more."""
+        ...
+
+
+waiting: weakref.WeakSet[Switching] = weakref.WeakSet()
 
 
 def wait_until_compiled(timeout: float | None = None) -> bool:
@@ -193,8 +206,9 @@ def wait_until_compiled(timeout: float | None = None) -> bool:
     True
     """
     end = None if timeout is None else time.perf_counter() + timeout
-    for tiered in list(_waiting):
-        if not tiered.wait(None if end is None else max(end - time.perf_counter(), 0)):
-            return False
-        tiered.switch()
+    while found := list(waiting):  # what a search has found is compiled after it
+        for item in found:
+            if not item.wait(None if end is None else max(end - time.perf_counter(), 0)):
+                return False
+            item.switch()
     return True

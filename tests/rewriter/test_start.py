@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rewriter import (
     optimize_nested,
     wait_until_compiled,
 )
-from rewriter.background import Job, Queue
+from rewriter.background import Job, Queue, Task
 from rewriter.codegen import compile_graph
 from tests.cases import mlp
 from tests.oracle import assert_same, outcome
@@ -54,8 +54,8 @@ class Background:
         self.jobs: list[Job] = []
         self.compiled = 0
 
-    def submit(self, data: bytes) -> Job:
-        self.jobs.append(Job(data))
+    def submit(self, task: Task, data: bytes) -> Job:
+        self.jobs.append(Job(task, data))
         return self.jobs[-1]
 
     def compile_graph(self, module: Any, backend: str, mode: str, *, strict: bool, **_: Any) -> Any:
@@ -64,11 +64,12 @@ class Background:
 
 
 @pytest.fixture
-def background(monkeypatch: pytest.MonkeyPatch) -> Background:
+def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
     made = Background()
     monkeypatch.setattr("rewriter.start.queue", made)
     monkeypatch.setattr("rewriter.start.compile_graph", made.compile_graph)
-    return made
+    yield made
+    rewriter.start.waiting.clear()
 
 
 def same_as_written(loss: Callable[..., Tensor], net: nn.Module, x: Tensor) -> None:
@@ -203,7 +204,7 @@ def test_what_cannot_be_pickled(background: Background, monkeypatch: pytest.Monk
     def dumps(*_: object) -> bytes:
         raise TypeError("cannot pickle this")
 
-    monkeypatch.setattr("rewriter.codegen.GraphPickler.dumps", dumps)
+    monkeypatch.setattr("rewriter.parcel.GraphPickler.dumps", dumps)
     compiled_at_once(background, "cannot be pickled: TypeError: cannot pickle this")
 
 
@@ -223,7 +224,7 @@ def test_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last words are the reason; the next job has a new process."""
     monkeypatch.setattr("rewriter.background.WORKER", "no_such_module")
     jobs = Queue()
-    for job in [jobs.submit(b""), jobs.submit(b"")]:
+    for job in [jobs.submit(bytes, b""), jobs.submit(bytes, b"")]:
         assert job.done.wait(60)
         assert "process ended" in job.error and "no_such_module" in job.error
 
@@ -234,7 +235,7 @@ def test_interpreter_exit_does_not_wait(tmp_path: Path) -> None:
     script.write_text(
         "import time, rewriter.background as background\n"
         "background.WORKER = 'sleeper'\n"
-        "job = background.queue.submit(b'')\n"
+        "job = background.queue.submit(bytes, b'')\n"
         "while background.queue._worker is None: time.sleep(0.01)\n"
         "time.sleep(0.2)\n"
         "print(background.queue._worker._process.pid, job.done.is_set())\n"
@@ -296,9 +297,9 @@ class TestToolchain:
         def compiled(module: Any, *_: Any, **__: Any) -> Any:
             return compile_graph(module, "eager", "default", strict=True)
 
-        begin, rewrite = rewriter.start.get_toolchain_ready, rewriter.api.rewrite
+        begin, prepare = rewriter.start.get_toolchain_ready, rewriter.api.prepare
         monkeypatch.setattr(rewriter.start, "get_toolchain_ready", noting("toolchain", begin))
-        monkeypatch.setattr(rewriter.api, "rewrite", noting("rewritten", rewrite))
+        monkeypatch.setattr(rewriter.api, "prepare", noting("rewritten", prepare))
         monkeypatch.setattr(rewriter.start, "compile_graph", noting("compiled", compiled))
         monkeypatch.setattr(rewriter.start.queue, "submit", Job)
         loss = optimize_nested(penalty, **options)
