@@ -83,8 +83,9 @@ def test_memory_and_value_of_a_contender() -> None:
 
 def test_targets_met() -> None:
     met = section(a=GOOD)
-    met.first_steps = {"a": {"C": FirstStep(20.0, 3.0), "O": FirstStep(10.0, 2.0)}}
-    assert [str(target).rpartition(" ")[2] for target in targets.targets_of(met)] == ["met."] * 7
+    steps = {"C": FirstStep(20.0, 3.0), "O": FirstStep(10.0, 2.0), "T": FirstStep(1.0, 1.0)}
+    met.first_steps = {"a": steps}
+    assert [str(target).rpartition(" ")[2] for target in targets.targets_of(met)] == ["met."] * 8
 
 
 def test_targets_missed_say_by_how_much() -> None:
@@ -92,7 +93,8 @@ def test_targets_missed_say_by_how_much() -> None:
     found = section(
         a=slow, b=dataclasses.replace(slow, forms={**slow.forms, "O": Timing(refusal="no")})
     )
-    found.first_steps = {"a": {"C": FirstStep(10.0, 3.0), "O": FirstStep(20.0, 8.0)}}
+    steps = {"C": FirstStep(10.0, 3.0), "O": FirstStep(20.0, 8.0), "T": FirstStep(2.5, 2.0)}
+    found.first_steps = {"a": steps}
     text = "\n".join(map(str, targets.targets_of(found)))
     for said in (
         "Every case runs: missed by 1 of 2: b.",
@@ -102,17 +104,19 @@ def test_targets_missed_say_by_how_much() -> None:
         "missed: a 2.00 MiB, C 1.00.",
         "missed: a 20.0 s, C 10.0 s.",
         "missed: a 8.0 s of 20.0 s.",
+        "missed: a 2.5 s.",
     ):
         assert said in text
 
 
 def test_page(tmp_path: Path) -> None:
     found = section(a=GOOD)
-    found.first_steps = {"gp_mlp, tanh": {"C": FirstStep(20.0, 3.0), "O": FirstStep(refusal="no")}}
+    steps = {"C": FirstStep(20.0, 3.0), "O": FirstStep(refusal="no"), "T": FirstStep(1.5, 1.0)}
+    found.first_steps = {"gp_mlp, tanh": steps}
     text = page.page({"one machine": found}, lambda name: f"{name}.svg")
     assert "| gp_mlp | tanh | 2 / 4 | 1 / 2 | – |  | 0.5 / 1 | 4.00 × | 2.00 × C |" in text
     assert "| gp_mlp | tanh | 6.50 | 6.00 | 6.05 | 1.00 | 1.00 |  | 1.00 | 1e-07 |" in text
-    assert "| gp_mlp, tanh | 20.0 / 3.0 |  | – |" in text
+    assert "| gp_mlp, tanh | 20.0 / 3.0 |  | – | 1.5 |" in text
     assert "tanh, F did not run: `RuntimeError: no`" in text and "(one machine.svg)" in text
     for table in text.split("\n\n"):
         if table.startswith("|"):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.benchmark.chart import draw
-from examples.benchmark.forms import columns_of
+from examples.benchmark.forms import FIRST_STEPS, columns_of
 from examples.benchmark.page import page
 from examples.benchmark.processes import Died, first_steps, run_case
 from examples.benchmark.results import Results, machine
@@ -109,7 +109,7 @@ def measure_case(
 ) -> None:
     """Measure one case into this machine's section, and save it."""
     title, columns = f"{workload.name}, {case.name}", columns_of(case)
-    compiled = [column for column in columns if column in "CJO"]
+    compiled = [*(column for column in columns if column in "CJO"), *FIRST_STEPS]
     turns = len(columns) + ("J" in columns)  # E takes turns with JAX once more
     total = turns * (rounds + WARM_UP + 2) + 2 * len(compiled) * with_first_steps
     task = progress.add_task(title, total=total)

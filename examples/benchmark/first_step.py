@@ -7,13 +7,13 @@ import json
 
 import click
 
-from examples.benchmark.forms import FORMS, contenders_of, find_case
+from examples.benchmark.forms import FIRST_STEPS, FORMS, contenders_of, find_case
 
 
 @click.command()
 @click.argument("workload")
 @click.argument("case_name")
-@click.argument("form", type=click.Choice(list(FORMS)))
+@click.argument("form", type=click.Choice([*FORMS, *FIRST_STEPS]))
 @click.option("--full", is_flag=True)
 @click.option("--device", default="cpu")
 def main(workload: str, case_name: str, form: str, full: bool, device: str) -> None:

@@ -20,6 +20,8 @@ FORMS = {
     "J": "in JAX, under jit",
     "O": "optimize_nested",
 }
+# Those of which only the first step is of interest.
+FIRST_STEPS = {"T": 'optimize_nested(start="tiered")'}
 
 
 def find_case(workload: str, case: str, *, full: bool, device: str) -> tuple[Case, tuple[Any, ...]]:
@@ -65,12 +67,13 @@ def contenders_of(
         "F": lambda: compiled_as_written(case.func_form),
         "J": lambda: _in_jax().InJax(case.loss, args, backward=case.backward),
         "O": lambda: optimized(case),
+        "T": lambda: optimize_nested(case.loss, **case.options, start="tiered"),
     }
     tensors = named_tensors(case.loss, args, {}).values()
     wanted = [x for x in tensors if x.requires_grad]
     return {
         name: Contender(name, make[name](), wanted, backward=case.backward)
-        for name in FORMS
+        for name in make
         if name in columns
     }
 

@@ -77,12 +77,13 @@ def _section(name: str, section: Section, chart: str) -> list[str]:
             "### First step",
             "",
             "Seconds of the first step in a process of its own: with nothing compiled before, and "
-            "after the stroke in a second process. Imports are not counted.",
+            'after the stroke in a second process. Tiered: with `start="tiered"`, nothing '
+            "compiled before. Imports are not counted.",
             "",
             *_table(
-                ["workload, case", "C", "J", "ours"],
+                ["workload, case", "C", "J", "ours", "tiered"],
                 [
-                    [name, *(_first(steps.get(form)) for form in "CJO")]
+                    [name, *(_first(steps.get(form)) for form in "CJO"), _cold(steps.get("T"))]
                     for name, steps in section.first_steps.items()
                 ],
                 text_columns=1,
@@ -131,6 +132,12 @@ def _first(step: FirstStep | None) -> str:
     if step is None:
         return ""
     return "–" if step.refusal else f"{step.cold:.1f} / {step.warm:.1f}"
+
+
+def _cold(step: FirstStep | None) -> str:
+    if step is None:
+        return ""
+    return "–" if step.refusal else f"{step.cold:.1f}"
 
 
 def _refusals(rows: Sequence[Row]) -> list[str]:
