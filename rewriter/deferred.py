@@ -39,7 +39,7 @@ from rewriter.stateful import set_aside
 from rewriter.step import Step, explaining
 
 # Of the loss as written; to find a form for more takes more than a second.
-MOST_MATMULS = 80
+MOST_MATMULS = 60
 
 
 def step_for(prepared: Prepared, options: Options) -> Step | Deferred:

@@ -235,7 +235,9 @@ def biharmonic(net: nn.Module, x: Tensor) -> Tensor:
     return laplacian(laplacian(net(x)[:, 0], x), x).square().mean()
 
 
-@pytest.mark.parametrize(("dim", "vectors"), [(2, 1 + 3 * 4 + 1), (3, (2 + 3) ** 2)])
+@pytest.mark.parametrize(
+    ("dim", "vectors"), [(2, 1 + 3 * 4 + 1), (3, (2 + 3) ** 2), (5, (2 + 5) ** 2)]
+)
 def test_biharmonic(dim: int, vectors: int) -> None:
     """Fourth derivatives along few directions, or Taylor mode over Taylor mode, whichever is
     cheaper."""
