@@ -19,10 +19,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 WORKER = "rewriter.background_worker"
 LINGERS = 30.0  # seconds: a search is followed by what it has found, to be compiled
 
+
+# Ctrl-C is for the training. In a session of its own the process would get as much of the cores as
+# all of the training (autogroups), which waits for its slowest thread at every operator.
+_APART: Any = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 Task = Callable[[bytes], bytes]
 
@@ -62,7 +67,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._said,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
-            start_new_session=True,  # Ctrl-C is for the training
+            **_APART,
         )
 
     def run(self, task: Task, data: bytes) -> tuple[str, bytes]:

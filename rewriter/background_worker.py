@@ -20,7 +20,7 @@ def _read(stream: BinaryIO, jobs: queue.Queue[tuple[Task, bytes]]) -> None:
             jobs.put(pickle.load(stream))
     except EOFError:
         if hasattr(os, "killpg"):
-            os.killpg(0, signal.SIGKILL)  # the C++ compilers too: the session is our own
+            os.killpg(0, signal.SIGKILL)  # the C++ compilers too: the group is our own
         os._exit(0)
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from passes.graph import print_graph
+from passes.price import size_hints
 from rewriter import optimize_nested, wait_until_compiled
 from rewriter.background import Job, Task
 from rewriter.background_worker import done
 from rewriter.codegen import compile_graph
 from rewriter.deferred import MOST_MATMULS, Deferred
-from rewriter.rewrite import Rewritten, rewrite
+from rewriter.options import Options
+from rewriter.rewrite import Prepared, Rewritten, rewrite
 from rewriter.start import waiting
 from rewriter.step import Step
 from tests.cases import mlp
 from tests.oracle import assert_same, outcome
+from tests.programs import programs
+from tests.test_fuzz import PROFILE, Tally, check
 
 
 def residual(net: nn.Module, x: Tensor) -> Tensor:
@@ -72,6 +79,27 @@ def background(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Backg
     monkeypatch.setattr("rewriter.start.compile_graph", compiled)
     yield made
     waiting.clear()
+
+
+class AfterOneCall(threading.Event):
+    """What is done by the second time that it is asked for."""
+
+    asked = 0
+
+    def is_set(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+
+class Answered(Background):
+    """The other process's answer is there after one call."""
+
+    def submit(self, task: Task, data: bytes) -> Job:
+        job = super().submit(task, data)
+        job.end(*done(task, data))
+        assert not job.error
+        job.done = AfterOneCall()
+        return job
 
 
 def example(dim: int = 6) -> tuple[nn.Module, Tensor]:
@@ -234,3 +262,28 @@ def test_choice_is_kept(background: Background) -> None:
     again = optimize_nested(residual, start="tiered")
     same_as_written(again, net, x)
     assert isinstance(again.steps[0], Step) and again.steps[0].rewritten.choice.is_recalled
+
+
+@pytest.mark.parametrize("family", ["autograd", "batched", "functional"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_random_programs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step as written, one in a form that has come from elsewhere."""
+    answered, tally = Answered(), Tally(family)
+
+    def can_be(prepared: Prepared, options: Options) -> bool:
+        parts = prepared.roles.updated or size_hints(prepared.derivative)
+        is_late = prepared.seeded and prepared.roles.differentiable
+        return bool(prepared.sites) and not (parts or is_late)
+
+    monkeypatch.setattr("rewriter.deferred.queue", answered)
+    monkeypatch.setattr("rewriter.deferred._takes_long", can_be)
+    monkeypatch.setattr("rewriter.recall.Recollection.keep", lambda *_: None)
+
+    @given(st.data())
+    def each(data: st.DataObject) -> None:
+        program = data.draw(programs(family))
+        note(repr(program))
+        check(program, tally)
+
+    settings(PROFILE, max_examples=6)(each)()
+    assert len(answered.jobs) >= 3, tally
