@@ -34,6 +34,7 @@ from rewriter.parcel import MARKS, CannotPack, pack, unpack
 from rewriter.progress import shown
 from rewriter.recall import Recollection
 from rewriter.rewrite import Prepared, Rewritten, decide
+from rewriter.specialising import gradients_on
 from rewriter.start import waiting
 from rewriter.stateful import set_aside
 from rewriter.step import Step, explaining
@@ -136,7 +137,7 @@ class Deferred:
         with self._switching:
             if not self._is_searching:
                 return
-            with set_aside(), shown(f"rewriting {self._prepared.function}"):
+            with gradients_on(), set_aside(), shown(f"rewriting {self._prepared.function}"):
                 rewritten = self._found() or decide(self._prepared, self._options, recalls=True)
                 self._step = Step(rewritten, self._options).prepare()
             self._is_searching = False

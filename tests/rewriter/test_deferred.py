@@ -216,6 +216,8 @@ def test_search_that_fails_is_done_here(background: Background) -> None:
     loss = optimize_nested(residual, start="tiered")
     loss(net, x)
     background.jobs[0].end("the compiling process ended, code -9")
+    with torch.inference_mode():
+        assert not wait_until_compiled(timeout=0) and background.tasks == ["find", "fill_cache"]
     same_as_written(loss, net, x)
     assert {*loss.steps[0].rewritten.choice.taken.strategies.values()} == {"taylor"}
 
