@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.custom_rules import CUSTOM
@@ -72,7 +72,8 @@ def _takes_long(prepared: Prepared, options: Options) -> bool:
         and prepared.as_written.matmuls > MOST_MATMULS
         and bool(prepared.sites)
         and not (prepared.seeded and roles.differentiable)
-        and not (roles.updated or size_hints(module) or CUSTOM)
+        and not (roles.updated or size_hints(module))
+        and CUSTOM.keys().isdisjoint(node.target for node in _nodes(module))
         and torch.get_default_dtype() is torch.float32
         and has_compiler(module)
         and _memory(prepared).strategies() is None
@@ -163,8 +164,7 @@ class _WrittenStep(Step):
     def __init__(self, prepared: Prepared, options: Options) -> None:
         self._begin(prepared, options)
         roles, module = prepared.roles, prepared.derivative
-        parts = [part for part in module.modules() if isinstance(part, GraphModule)]
-        self.is_random = any(is_random(node) for part in parts for node in part.graph.nodes)
+        self.is_random = any(map(is_random, _nodes(module)))
         written = as_written(prepared.captured, prepared.sites, roles)
         leaves = [i for i in roles.wanted if i not in prepared.flat.promoted]
         step = step_of(written, roles, leaves, len(placeholders(module.graph)))
@@ -182,6 +182,12 @@ class _WrittenStep(Step):
                 return [*map(_detached, written(own))]
 
         self._forward, self._value = forward, value
+
+
+def _nodes(module: GraphModule) -> list[Node]:
+    """Return the nodes of a graph and of those that it calls."""
+    parts = [part for part in module.modules() if isinstance(part, GraphModule)]
+    return [node for part in parts for node in part.graph.nodes]
 
 
 def _detached(value: Any) -> Any:

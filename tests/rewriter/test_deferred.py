@@ -246,6 +246,18 @@ def test_what_the_user_asks_for_is_done_at_once(
     assert isinstance(loss.steps[0], Step) and "find" not in background.tasks
 
 
+def test_rules_of_the_user_are_not_known_there(
+    background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of other operators do not count."""
+    net, x = example()
+    other, used = torch.ops.aten.erf.default, torch.ops.aten.tanh.default
+    for operator, task in [(other, "find"), (used, "fill_cache")]:
+        monkeypatch.setattr("rewriter.deferred.CUSTOM", {operator: None})
+        optimize_nested(residual, start="tiered")(net, x)
+        assert background.tasks[-1] == task
+
+
 def test_small_losses_are_rewritten_at_once(background: Background) -> None:
     net, x = example()
     loss = optimize_nested(first_only, start="tiered")
