@@ -104,6 +104,15 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape).clone()
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    return weight_norm(v, g, dim), torch.norm_except_dim(v, 2, dim)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Do what `torch._weight_norm` does."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _PLAIN: dict[Any, Callable[..., Any]] = {
     aten.rand_like.default: _draw_like("rand"),
     aten.randn_like.default: _draw_like("randn"),
@@ -128,10 +137,10 @@ def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
     at the points where it has no derivative (the norm of zero) their convention is not the
     operator's. Normalisation is smooth, and taken apart because PyTorch's own third derivative of
     `layer_norm` and `batch_norm` is wrong: their double backward formulas are differentiated with
-    the saved mean and deviation as constants.
+    the saved mean and deviation as constants. So is the second derivative of `weight_norm`.
     """
     table: dict[Any, Any] = dict(get_decompositions(_NORMS))
-    return table | _PLAIN
+    return table | _PLAIN | {aten._weight_norm_interface.default: _weight_norm}
 
 
 @functools.cache

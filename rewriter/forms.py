@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from passes.bodies import Labels, Linearizations, identity_of
+from passes.decompositions import weight_norm
 from passes.graph import copy_graph, placeholders, print_graph, results, value_of, where
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, body_of, points_of, sites
@@ -230,10 +231,11 @@ def as_written(
 def _written_out(captured: GraphModule, found: Sequence[Site]) -> GraphModule:
     """Return a copy that can be traced, its derivatives named as the sites that they are."""
     # PyTorch's own higher derivatives of norm layers are wrong; their formulas' are not.
+    written_out = {**WRITTEN_OUT, torch._weight_norm: weight_norm}
     captured = copy_graph(captured)
     left = list(found)
     for node in captured.graph.nodes:
-        node.target = WRITTEN_OUT.get(node.target, node.target)
+        node.target = written_out.get(node.target, node.target)
         note(node, role="primal", stage="flatten")
         here = [site for site in left if site.where == where(node)]
         if node.target in DERIVATIVES and here:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from rewriter import NestedGradientWarning, optimize_nested
+from tests.cases import with_written_norms
 from tests.oracle import assert_same, check, outcome
 
 D = torch.float64
@@ -52,6 +53,21 @@ def test_parametrized(training: bool) -> None:
         parametrizations.orthogonal(nn.Linear(4, 2)),
     ).double()
     check(penalty, [net.train(training)], points())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "as written"])
+def test_gradient_in_parameters_of_weight_norm(strategy: str) -> None:
+    """PyTorch's own second derivative with respect to the direction is wrong."""
+    torch.manual_seed(0)
+    layers = parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)
+    net, x = nn.Sequential(*layers).double(), torch.randn(5, 3, dtype=torch.float64)
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        grads = grad(net(x).square().sum(), list(net.parameters()), create_graph=True)
+        return sum((g.square().sum() for g in grads), torch.zeros(()))
+
+    reference = with_written_norms(copy.deepcopy(net))
+    check(loss, [net], x, reference=[reference], strategy=strategy)
 
 
 def test_old_spectral_norm() -> None:
