@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from passes.graph import graphs_in
 from passes.linearize import push_forward
 from passes.markers import stop
 from passes.tracking import reverse_pass, run, run_flat, run_reverse
@@ -248,7 +249,7 @@ def taylor(contractions: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
 
 def holds_user_function(module: GraphModule) -> bool:
     """Whether a graph, or a graph inside it, calls `user_function`."""
-    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    graphs = [part.graph for part in graphs_in(module)]
     return any(node.target is user_function for graph in graphs for node in graph.nodes)
 
 

@@ -222,6 +222,11 @@ def drop_dead(graph: Graph) -> int:
     return before - len(graph.nodes)
 
 
+def graphs_in(module: torch.nn.Module) -> list[GraphModule]:
+    """Return a graph and those that it calls, each once."""
+    return [part for part in module.modules() if isinstance(part, GraphModule)]
+
+
 def copy_graph(module: GraphModule) -> GraphModule:
     """Copy a graph; its attributes are shared."""
     graph = Graph()

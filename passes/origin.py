@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch.fx import GraphModule, Node
 
-from passes.graph import where
+from passes.graph import graphs_in, where
 from passes.markers import GRADIENT, TANGENT
 
 ROLES = ("primal", "tangent", "cotangent", "gradient")
@@ -89,7 +89,7 @@ def note_new(module: GraphModule, stage: str, prefix: str = "") -> None:
         stage: The stage that has made it.
         prefix: What makes its nodes' names differ from those of other graphs.
     """
-    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    graphs = [part.graph for part in graphs_in(module)]
     for node in [node for graph in graphs for node in graph.nodes]:
         mark = mark_of(node)
         if node.op != "output" and not (mark.role and mark.stage and mark.source):

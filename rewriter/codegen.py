@@ -30,10 +30,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from passes.bytes import size_in_bytes
@@ -322,7 +320,7 @@ def fill_cache(data: bytes) -> bytes:
     `compile_graph` finds it."""
     graph, settings = pickle.loads(data)
     settings.apply()
-    module = unpack(graph, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+    module = unpack(graph)
     compile_graph(module, "inductor", settings.mode, strict=True)
     return b""
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.custom_rules import CUSTOM
-from passes.graph import is_random, placeholders
+from passes.graph import graphs_in, is_random, placeholders
 from passes.joint import step_of
 from passes.price import evaluated, size_hints
 from passes.tracing import example_inputs, fake_mode_of, without_fused_kernels
@@ -186,8 +185,7 @@ class _WrittenStep(Step):
 
 def _nodes(module: GraphModule) -> list[Node]:
     """Return the nodes of a graph and of those that it calls."""
-    parts = [part for part in module.modules() if isinstance(part, GraphModule)]
-    return [node for part in parts for node in part.graph.nodes]
+    return [node for part in graphs_in(module) for node in part.graph.nodes]
 
 
 def _detached(value: Any) -> Any:
@@ -204,8 +202,7 @@ def find(data: bytes) -> bytes:
         The form, packed; nothing if the loss as written is the cheapest.
     """
     graph, roles, written = pickle.loads(data)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    form = cheapest(unpack(graph, mode), roles, written)
+    form = cheapest(unpack(graph), roles, written)
     return b"" if form is None else _packed(form)
 
 

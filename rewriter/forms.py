@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from passes.bodies import Labels, Linearizations, identity_of
 from passes.decompositions import weight_norm
-from passes.graph import copy_graph, placeholders, print_graph, results, value_of, where
+from passes.graph import copy_graph, graphs_in, placeholders, print_graph, results, value_of, where
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, body_of, points_of, sites
 from passes.origin import mark_of, note
@@ -157,8 +157,7 @@ class Forms:
         start = time.perf_counter()
         known = self._untraced.pop(frozenset(wish.items()), None)
         module, taken = known or self._in_form(wish)
-        parts = [part for part in module.modules() if isinstance(part, GraphModule)]
-        text = tuple(print_graph(part) for part in parts)
+        text = tuple(map(print_graph, graphs_in(module)))
         if text not in self._by_text:
             traced = time.perf_counter()
             joint = trace_joint(module, self.roles, seeded=self.seeded)

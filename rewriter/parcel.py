@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx._graph_pickler import GraphPickler
 from torch.fx._graph_pickler import Options as PicklerOptions
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
 from passes.graph import copy_graph
@@ -52,8 +53,9 @@ def pack(module: GraphModule, marks: Collection[str] = ("val",)) -> bytes:
         raise CannotPack(f"the graph cannot be pickled: {type(error).__name__}: {error}") from error
 
 
-def unpack(data: bytes, mode: FakeTensorMode) -> GraphModule:
-    """Return the graph that `pack` was given, on fake tensors of this mode."""
+def unpack(data: bytes, mode: FakeTensorMode | None = None) -> GraphModule:
+    """Return the graph that `pack` was given, on fake tensors of this mode or a new one."""
+    mode = mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph, functions = pickle.loads(data)
     module: Any = GraphPickler.loads(graph, mode)
     for number, part in enumerate(_parts(module)):

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 import passes
 import rewriter
 from passes.custom_rules import CUSTOM
-from passes.graph import print_graph
+from passes.graph import graphs_in, print_graph
 from passes.joint import Roles
 from passes.price import size_hints
 from rewriter.codegen import cache_folder
@@ -39,8 +39,7 @@ class Recollection:
     """
 
     def __init__(self, module: GraphModule, roles: Roles, *, seeded: bool) -> None:
-        parts = [part for part in module.modules() if isinstance(part, GraphModule)]
-        text = [print_graph(part) for part in parts]
+        text = list(map(print_graph, graphs_in(module)))
         sizes = sorted((str(symbol), str(size)) for symbol, size in size_hints(module).items())
         operators = sorted(map(str, CUSTOM))
         said = [_code(), torch.__version__, text, sizes, repr(roles), seeded, operators]

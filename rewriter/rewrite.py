@@ -10,7 +10,15 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.graph import copy_graph, is_float, placeholders, print_graph, results, value_of
+from passes.graph import (
+    copy_graph,
+    graphs_in,
+    is_float,
+    placeholders,
+    print_graph,
+    results,
+    value_of,
+)
 from passes.joint import Roles, trace_value
 from passes.markers import MARKS
 from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
@@ -127,17 +135,13 @@ class Rewritten(Prepared):
         return min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
 
 
-def rewrite(
-    captured: GraphModule, options: Options, function: str = "", *, recalls: bool = False
-) -> Rewritten:
+def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewritten:
     """Run the pipeline on a captured graph.
 
     Args:
         captured: What Dynamo captured.
         options: The user's wishes.
         function: The loss's name, for reports.
-        recalls: Whether what an earlier process chose will do, see `rewriter.recall`: a report has
-            all candidates.
 
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
@@ -145,7 +149,7 @@ def rewrite(
         OptionError: ``strategy`` names a site that does not exist, or a strategy that a site does
             not accept.
     """
-    return decide(prepare(captured, options, function), options, recalls=recalls)
+    return decide(prepare(captured, options, function), options)
 
 
 def prepare(captured: GraphModule, options: Options, function: str = "") -> Prepared:
@@ -205,7 +209,8 @@ def decide(
     Args:
         prepared: What `prepare` returned.
         options: The user's wishes.
-        recalls: See `rewrite`.
+        recalls: Whether what an earlier process chose will do, see `rewriter.recall`: a report has
+            all candidates.
         form: The form to take; without, one is chosen.
     """
     if form is not None:
@@ -263,7 +268,7 @@ def _is_one_scalar(module: GraphModule, roles: Roles) -> bool:
 def _has_half_precision(module: GraphModule) -> bool:
     """Whether anything is computed in float16, whose smallest numbers gradients fall below: then
     the loss's cotangent, which a `torch.amp.GradScaler` makes large, has to come first."""
-    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    graphs = [part.graph for part in graphs_in(module)]
     values = (value_of(node) for graph in graphs for node in graph.nodes)
     return any(getattr(value, "dtype", None) is torch.float16 for value in values)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from passes.graph import print_graph
 from passes.price import size_hints
-from rewriter import optimize_nested, wait_until_compiled
+from rewriter import OptimizedLoss, optimize_nested, wait_until_compiled
 from rewriter.background import Job, Task
 from rewriter.background_worker import done
 from rewriter.codegen import compile_graph
@@ -114,6 +114,16 @@ def same_as_written(loss: Any, net: nn.Module, x: Tensor) -> None:
     assert_same(ours, outcome(loss.as_written, [net], (x,), {}))
 
 
+def found_elsewhere(background: Background) -> tuple[OptimizedLoss, nn.Module, Tensor]:
+    """Return a loss after two calls, the second in the form that was found, and its arguments."""
+    net, x = example()
+    loss = optimize_nested(residual, start="tiered")
+    loss(net, x)
+    background.search()
+    loss(net, x)
+    return loss, net, x
+
+
 def test_first_steps_are_as_written(background: Background) -> None:
     """Then the form that is found runs op by op, and is compiled."""
     net, x = example()
@@ -136,11 +146,7 @@ def test_first_steps_are_as_written(background: Background) -> None:
 
 def test_form_is_what_would_be_chosen_here(background: Background) -> None:
     """Its graphs have come through another process and back."""
-    net, x = example()
-    loss = optimize_nested(residual, start="tiered")
-    loss(net, x)
-    background.search()
-    loss(net, x)
+    loss, net, x = found_elsewhere(background)
     (step,) = loss.steps
     found: Rewritten = step.rewritten
     ours = rewrite(found.captured, loss.options, "residual")
@@ -268,11 +274,7 @@ def test_small_losses_are_rewritten_at_once(background: Background) -> None:
 
 def test_choice_is_kept(background: Background) -> None:
     """The next process need not search."""
-    net, x = example()
-    loss = optimize_nested(residual, start="tiered")
-    loss(net, x)
-    background.search()
-    loss(net, x)
+    _, net, x = found_elsewhere(background)
     again = optimize_nested(residual, start="tiered")
     same_as_written(again, net, x)
     assert isinstance(again.steps[0], Step) and again.steps[0].rewritten.choice.is_recalled
