@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.batched import is_batched, one_by_one
-from rewriter.stateful import is_wrapped
+from rewriter.batched import one_by_one
 
 _uses: Any = Tensor._use_count  # pyright: ignore[reportAttributeAccessIssue]
 _storage_uses: Any = torch._C._storage_Use_Count
+_is_legacy_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+_is_wrapped_tensor: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _may_run_again: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -29,31 +31,41 @@ def owned(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     Args:
         grads: What was just computed; nothing but this sequence holds those that are new.
     """
-    found = _references(grads)
-    if found.count(_ALONE) == len(found):
-        return grads
+    return copied(grads, held(grads))
+
+
+def held(results: Sequence[Any], start: int = 0) -> list[int]:
+    """Return the positions, from ``start`` on, of the gradients that `owned` copies.
+
+    Args:
+        results: What was just computed; nothing but this sequence holds those that are new.
+        start: Where the gradients begin.
+    """
+    alone = _ALONE
     return [
-        g.clone() if g is not None and references != _ALONE else g
-        for g, references in zip(grads, found, strict=True)
+        i
+        for i in range(start, len(results))
+        if results[i] is not None and _references(results, i) != alone
     ]
 
 
-def _references(grads: Sequence[Tensor | None]) -> list[int]:
-    """Count for each gradient the references to the Python object, to the tensor behind it and to
-    its memory: none of the three is ever below what a new tensor has. None counts as alone, an
-    expanded tensor as held."""
-    return [
-        _ALONE
-        if g is None
-        else getrefcount(g) + _uses(g) + _storage_uses(g.untyped_storage()._cdata)
-        if g.is_contiguous() or 0 not in g.stride()
-        else 0
-        for g in grads
-    ]
+def copied(values: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+    """Return values, those at these positions as copies."""
+    if not positions:
+        return values
+    return [x.clone() if i in positions else x for i, x in enumerate(values)]
 
 
-_ALONE = 0
-_ALONE = _references([torch.empty(1)])[0]
+def _references(results: Sequence[Any], position: int) -> int:
+    """Count the references to the Python object, to the tensor behind it and to its memory: none of
+    the three is ever below what a new tensor has. An expanded tensor counts as held."""
+    g = results[position]
+    if not g.is_contiguous() and 0 in g.stride():
+        return 0
+    return getrefcount(g) + _uses(g) + _storage_uses(g.untyped_storage()._cdata)
+
+
+_ALONE = _references([torch.empty(1)], 0)
 
 
 def hand_out(ctx: Any, cotangent: Tensor | None) -> Sequence[Tensor | None]:
@@ -76,13 +88,12 @@ def hand_out(ctx: Any, cotangent: Tensor | None) -> Sequence[Tensor | None]:
             "and freed. Specify retain_graph=True if you need to backward through the graph a "
             "second time."
         )
-    is_last = not _may_run_again()
-    if is_last:
+    if not _may_run_again():
         ctx.gradients = None
+        if cotangent is not None and _is_one(cotangent):
+            return grads
     if cotangent is None:
         return [None] * len(grads)
-    if is_last and _is_one(cotangent):
-        return grads
     return one_by_one(lambda c: _scaled(grads, c), [cotangent])
 
 
@@ -99,9 +110,9 @@ def _is_one(cotangent: Tensor) -> bool:
     return (
         cotangent.is_cpu
         and type(cotangent) is Tensor
-        and not is_batched(cotangent)
-        and not is_wrapped(cotangent)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _is_legacy_batch(cotangent)
+        and not _is_wrapped_tensor(cotangent)
+        and _modes() == 0
         and cotangent.item() == 1
     )
 
@@ -149,18 +160,57 @@ def mark_constant(ctx: Any, outputs: Sequence[Any], differentiable: Sequence[int
         outputs: What the step returns.
         differentiable: Positions of the outputs that have a gradient.
     """
-    if len(outputs) > len(differentiable):
-        others = (u for i, u in enumerate(outputs) if i not in differentiable)
-        ctx.mark_non_differentiable(*(u for u in others if isinstance(u, Tensor)))
+    others = (u for i, u in enumerate(outputs) if i not in differentiable)
+    ctx.mark_non_differentiable(*(u for u in others if isinstance(u, Tensor)))
 
 
 def own_tensors(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Give the caller tensors that share no memory with the inputs' by accident of
     simplification."""
+    return tuple(copied(outputs, shared(outputs, inputs)))
+
+
+def shared(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[int]:
+    """Return the positions of the outputs that `own_tensors` copies."""
     seen = set(map(id, inputs))
-    result = []
-    for value in outputs:
-        taken = isinstance(value, Tensor) and (id(value) in seen or value._is_view())
+    found: list[int] = []
+    for i, value in enumerate(outputs):
+        if isinstance(value, Tensor) and (id(value) in seen or value._is_view()):
+            found.append(i)
         seen.add(id(value))
-        result.append(value.clone() if taken else value)
-    return tuple(result)
+    return found
+
+
+class Ownership:
+    """Make what one code returns the caller's own.
+
+    Code for fixed sizes shares memory among its results, and with its inputs, in the same way each
+    time it runs: what is to be copied is found at its first run.
+
+    Args:
+        n_outputs: How many results are outputs.
+        start: Where gradients begin; None where residuals are in their place.
+    """
+
+    def __init__(self, n_outputs: int, start: int | None) -> None:
+        self._n_outputs, self._start = n_outputs, start
+        self._copied: list[int] | None = None
+
+    def taken(
+        self, results: Sequence[Any], inputs: Sequence[Any], *, is_settled: bool
+    ) -> Sequence[Any]:
+        """Return the results, those that somebody else holds as copies.
+
+        Args:
+            results: What the code has just returned; nothing else holds those that are new.
+            inputs: What it got.
+            is_settled: Whether the same code runs from now on, at the same sizes.
+        """
+        positions = self._copied
+        if positions is None or not is_settled:
+            positions = shared(results[: self._n_outputs], inputs)
+            if self._start is not None:
+                positions += held(results, self._start)
+            if is_settled:
+                self._copied = positions
+        return copied(results, positions) if positions else results

@@ -13,6 +13,7 @@ import inspect
 import pkgutil
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ _INTERCEPTION = "torch._C:_dynamo.eval_frame.get_eval_frame_callback"
 _SCRIPT_TRACE = "torch._C:_get_tracing_state"
 _STANCE = "torch._dynamo.eval_frame:_stance.stance"
 _GENERATION = "torch._dynamo.mutation_guard:GenerationTracker.generation"
+_COMPILED = "__compiled_fn"  # what the names begin with that Dynamo's code calls graphs by
 _NAMES = (
     *(_ENTRIES_OF, _INTERCEPTION, _SCRIPT_TRACE, _STANCE, _GENERATION),
     "torch._C:_dynamo.eval_frame._CacheEntry.guard_manager",
@@ -115,8 +117,21 @@ class Guarded:
     def _add(self, code: types.CodeType) -> Callable[..., Any]:
         known = {entry.code for entry in _entries_of(self._code)}
         self._runnable = {c: run for c, run in self._runnable.items() if c in known}
-        made = self._runnable[code] = _with_code(self._function, code)
+        made = self._runnable[code] = _with_code(self._function, self._direct(code))
         return made
+
+    def _direct(self, code: types.CodeType) -> types.CodeType:
+        """Return code that calls what was compiled as it is: what Dynamo has put around it switches
+        off a hook that is not in force where this runs."""
+        space = self._function.__globals__
+        direct: dict[str, str] = {}
+        for name in code.co_names:
+            compiled = getattr(space.get(name), "_torchdynamo_orig_callable", None)
+            if compiled is not None and name.startswith(_COMPILED):
+                new = direct[name] = f"{name}_direct"
+                space[new] = compiled
+                weakref.finalize(code, space.pop, new, None)  # as Dynamo deletes its own name
+        return code.replace(co_names=tuple(direct.get(name, name) for name in code.co_names))
 
 
 def _with_code(function: types.FunctionType, code: types.CodeType) -> Callable[..., Any]:

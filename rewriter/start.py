@@ -83,6 +83,9 @@ class Tiered:
 
     The draws from random generators are the same before and after; rounding is not.
 
+    Attributes:
+        is_waiting: Whether compiled code has not taken over yet.
+
     Args:
         module: The graph.
         options: How it is to be compiled.
@@ -102,7 +105,7 @@ class Tiered:
         self._options, self._what = options, what
         self._make, self._on_switch = make, on_switch
         self._run = compile_graph(module, "eager", options.mode, strict=options.strict)
-        self._calls, self._is_waiting = 0, True
+        self._calls, self.is_waiting = 0, True
         self._seconds = 0.0
         self._error = ""
         self._switching = threading.Lock()
@@ -111,7 +114,7 @@ class Tiered:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         run = self._run
-        if self._is_waiting:
+        if self.is_waiting:
             self._calls += 1
             if self._job.done.is_set():
                 self.switch()
@@ -126,10 +129,10 @@ class Tiered:
         if not self._switching.acquire(blocking=False):
             return  # another thread is at it
         try:
-            if self._is_waiting:
+            if self.is_waiting:
                 self._load()
         finally:
-            self._is_waiting = False
+            self.is_waiting = False
             waiting.discard(self)
             self._switching.release()
 
@@ -160,7 +163,7 @@ class Tiered:
 
     def __str__(self) -> str:
         """Say which tier runs, and when the switch came."""
-        if self._is_waiting:
+        if self.is_waiting:
             passed = time.perf_counter() - self._job.start
             how = f"op by op, {self._calls} calls so far; being compiled for {passed:.1f} s"
         elif self._error:
@@ -168,6 +171,11 @@ class Tiered:
         else:
             how = f"compiled, after {self._calls} calls op by op and {self._seconds:.1f} s"
         return f"{self._what}: {how}"
+
+
+def is_waiting(code: Compiled | None) -> bool:
+    """Whether other code may take this one's place."""
+    return isinstance(code, Tiered) and code.is_waiting
 
 
 def _refuse(reason: str, *_: Any) -> Sequence[Any]:

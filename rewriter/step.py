@@ -21,17 +21,17 @@ from rewriter.codegen import Compiled
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.gradients import (
+    Ownership,
     hand_out,
     keep_residuals,
     mark_constant,
     own_tensors,
-    owned,
     pulled_back,
 )
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Prepared, Rewritten
-from rewriter.start import Tiered, code_for
+from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, levels_restored, unwrap_dead
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
@@ -71,6 +71,8 @@ class Step:
             n_inputs = len(placeholders(rewritten.derivative.graph))
             late = placeholders(rewritten.joint.graph)[n_inputs:]
             self.halves = split(rewritten.joint, late, self.n_early)
+        start = None if self.halves else self.n_early
+        self._ownership = Ownership(roles.n_outputs, start)
         self._unchecked = options.check
         self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
 
@@ -83,6 +85,10 @@ class Step:
         self.halves: Linearization | None = None
         inputs = placeholders(prepared.derivative.graph)
         tensors = [i for i, x in enumerate(inputs) if isinstance(value_of(x), Tensor)]
+        # CUDA graphs return memory of their own.
+        self._is_fixed = all(_is_fixed_on_cpu(value_of(x)) for x in inputs)
+        self._is_settled = False
+        self._is_wrapped: bool | None = None
         captured = placeholders(prepared.captured.graph)
         self._parameters = [i for i, x in enumerate(captured) if is_parameter(x)]
         self._hollow, self._promoted = prepared.as_written.hollow, prepared.flat.promoted
@@ -120,6 +126,8 @@ class Step:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if explaining.get():
             raise Explained(self.rewritten, inputs)
+        if self._is_wrapped is None:  # guards ask for the same at each call
+            self._is_wrapped = any_wrapped(self.tensors(inputs))
         while self._warnings:
             warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
         for position in self._promoted:
@@ -141,12 +149,13 @@ class Step:
         best = steps[fastest(seconds)]
         self.rewritten = with_seconds(best.rewritten, seconds)
         self.halves, self.is_random = best.halves, best.is_random
+        self._ownership = best._ownership
         self._forward, self._backward = best._forward, best._backward
 
     def rehearse(self, inputs: Sequence[Any]) -> None:
         """Compute all that a call and its backward pass compute, and drop it: no state is
         written."""
-        out = self._computed(inputs)
+        out = (self._forward or self._prepared())(*inputs)
         if self.halves is not None:
             ends = [torch.ones_like(out[i]) for i in self.roles.differentiable]
             self.pull_back(out[self.n_early :], ends)
@@ -156,7 +165,7 @@ class Step:
             return self.value(inputs)
         if not self.roles.differentiable:
             outputs: Any = self.value(inputs)
-        elif torch._C._are_functorch_transforms_active() or any_wrapped(self.tensors(inputs)):
+        elif torch._C._are_functorch_transforms_active() or self._is_wrapped:
             inputs = tuple(unwrap_dead(inputs))
             outputs = _StepFunction.apply(self, inputs, *self._wanted(inputs))
         else:
@@ -175,17 +184,20 @@ class Step:
         return own_tensors(out[: self.roles.n_outputs], inputs)
 
     def forward(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[Any]]:
-        """Return the outputs, and the gradients or the residuals they need."""
-        out = self._computed(inputs)
+        """Return the outputs and the gradients, nobody else's, or the residuals they need."""
+        if not self._is_settled:
+            self._is_settled = self._is_fixed and not is_waiting(self._forward)
+        is_settled = self._is_settled
+        out = (self._forward or self._prepared())(*inputs)
         if self.roles.updated:
             self.update(inputs, out)
-        return own_tensors(out[: self.roles.n_outputs], inputs), out[self.n_early :]
+        out = self._ownership.taken(out, inputs, is_settled=is_settled)
+        return tuple(out[: self.roles.n_outputs]), out[self.n_early :]
 
-    def _computed(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        if self._forward is None:
-            self.prepare()
+    def _prepared(self) -> Compiled:
+        self.prepare()
         assert self._forward is not None
-        return self._forward(*inputs)
+        return self._forward
 
     def update(self, inputs: Sequence[Any], out: Sequence[Any]) -> None:
         """Write new values to the inputs that the loss writes to."""
@@ -210,6 +222,10 @@ class Step:
         return {i for end in given for i in self._reached[end]}
 
 
+def _is_fixed_on_cpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cpu and all(type(n) is int for n in value.shape)
+
+
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """Return what takes the values at these positions, at little cost for a call."""
     if len(positions) < 2:
@@ -229,10 +245,11 @@ class _StepFunction(torch.autograd.Function):
         ctx.versions = list(map(_version, step.tensors(inputs)))
         differentiable = step.roles.differentiable
         if step.halves is None:
-            ctx.gradients = owned(rest)
+            ctx.gradients = rest
         else:
             keep_residuals(ctx, rest, [outputs[i] for i in differentiable])
-        mark_constant(ctx, outputs, differentiable)
+        if len(outputs) > len(differentiable):
+            mark_constant(ctx, outputs, differentiable)
         return outputs
 
     @staticmethod
@@ -240,9 +257,10 @@ class _StepFunction(torch.autograd.Function):
         step: Step = ctx.step
         if torch.is_grad_enabled():
             return (None, None, *_differentiate_as_written(ctx, cotangents))
-        given = [cotangents[i] for i in step.roles.differentiable]
+        differentiable = step.roles.differentiable
         if step.halves is None:
-            return (None, None, *hand_out(ctx, given[0]))
+            return (None, None, *hand_out(ctx, cotangents[differentiable[0]]))
+        given = [cotangents[i] for i in differentiable]
         grads = pulled_back(ctx, given, step.pull_back)
         reached = step.reached_from(cotangents)
         if reached is not None:

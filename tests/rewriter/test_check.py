@@ -55,9 +55,12 @@ def wrong_simplification(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_hand_over(patch: pytest.MonkeyPatch) -> None:
-    owned = rewriter.step.owned
-    longer = lambda grads: owned([None if g is None else 1.01 * g for g in grads])  # noqa: E731
-    patch.setattr(rewriter.step, "owned", longer)
+    hand_out = rewriter.step.hand_out
+
+    def longer(*given: object) -> list[Tensor | None]:
+        return [None if g is None else 1.01 * g for g in hand_out(*given)]
+
+    patch.setattr(rewriter.step, "hand_out", longer)
 
 
 @pytest.mark.parametrize(
