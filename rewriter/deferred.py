@@ -71,7 +71,7 @@ def _takes_long(prepared: Prepared, options: Options) -> bool:
         and prepared.as_written.matmuls > MOST_MATMULS
         and bool(prepared.sites)
         and not (prepared.seeded and roles.differentiable)
-        and not (roles.updated or size_hints(module))
+        and not size_hints(module)
         and CUSTOM.keys().isdisjoint(node.target for node in _nodes(module))
         and torch.get_default_dtype() is torch.float32
         and has_compiler(module)
@@ -170,8 +170,8 @@ class _WrittenStep(Step):
 
         def forward(*inputs: Any) -> list[Any]:
             with without_fused_kernels():
-                outputs, _, gradients = step(*map(_detached, inputs))
-            return [*map(_detached, outputs), *gradients]
+                outputs, updates, gradients = step(*map(_detached, inputs))
+            return [*map(_detached, outputs), *map(_detached, updates), *gradients]
 
         def value(*inputs: Any) -> list[Any]:
             own = [*map(_detached, inputs)]
@@ -181,6 +181,7 @@ class _WrittenStep(Step):
                 return [*map(_detached, written(own))]
 
         self._forward, self._value = forward, value
+        self._is_fixed = False  # what autograd returns is looked at each time
 
 
 def _nodes(module: GraphModule) -> list[Node]:

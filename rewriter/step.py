@@ -71,8 +71,7 @@ class Step:
             n_inputs = len(placeholders(rewritten.derivative.graph))
             late = placeholders(rewritten.joint.graph)[n_inputs:]
             self.halves = split(rewritten.joint, late, self.n_early)
-        start = None if self.halves else self.n_early
-        self._ownership = Ownership(roles.n_outputs, start)
+            self._ownership = Ownership(roles.n_outputs, None)
         self._unchecked = options.check
         self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
 
@@ -83,6 +82,7 @@ class Step:
         roles = prepared.roles
         self.n_early = roles.n_outputs + len(roles.updated)
         self.halves: Linearization | None = None
+        self._ownership = Ownership(roles.n_outputs, self.n_early)
         inputs = placeholders(prepared.derivative.graph)
         tensors = [i for i, x in enumerate(inputs) if isinstance(value_of(x), Tensor)]
         # CUDA graphs return memory of their own.

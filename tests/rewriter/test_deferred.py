@@ -176,6 +176,23 @@ def test_earlier_calls_are_pulled_back(background: Background) -> None:
         torch.testing.assert_close(ours, p.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_state_is_updated(background: Background) -> None:
+    """BatchNorm's statistics, by steps as written and by those of the form that is found."""
+    net, x = example()
+    net = nn.Sequential(nn.BatchNorm1d(6, dtype=torch.float64), net)
+    loss = optimize_nested(residual, start="tiered")
+    same_as_written(loss, net, x)
+    (step,) = loss.steps
+    assert isinstance(step, Deferred) and step.tiers[0].startswith("residual: as written")
+    background.search()
+    same_as_written(loss, net, x)
+    assert step.tiers[0].startswith("residual (joint graph): op by op")
+    before = [b.clone() for b in net.buffers()]
+    with torch.no_grad():
+        loss(net, x)
+    assert not any(map(torch.equal, before, net.buffers()))
+
+
 def test_value_alone(background: Background) -> None:
     net, x = example()
     loss = optimize_nested(residual, start="tiered")
