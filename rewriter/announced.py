@@ -13,7 +13,7 @@ from torch.amp import autocast_mode
 from torch.autograd import functional
 from torch.fx import Node
 
-from rewriter import stateful
+from rewriter import nesting, stateful
 from rewriter.recording import Recording
 from rewriter.sizes import numbers
 from rewriter.stateful import write_outside
@@ -93,17 +93,17 @@ _STEPS: list[tuple[Any, str, Any]] = [
         "set_inplace_requires_grad_allowed",
         _C.set_inplace_requires_grad_allowed,
     ),
-    (eager_transforms, "_jvp_increment_nesting", predispatch._jvp_increment_nesting),
-    (eager_transforms, "_jvp_decrement_nesting", predispatch._jvp_decrement_nesting),
+    (eager_transforms, "_jvp_increment_nesting", nesting.jvp_increment_nesting),
+    (eager_transforms, "_jvp_decrement_nesting", nesting.jvp_decrement_nesting),
     (functorch_vmap, "_vmap_increment_nesting", predispatch._vmap_increment_nesting),
     (functorch_vmap, "_vmap_decrement_nesting", predispatch._vmap_decrement_nesting),
-    (predispatch, "_enter_dual_level", predispatch._enter_dual_level),
-    (predispatch, "_exit_dual_level", predispatch._exit_dual_level),
+    (nesting.LEVELS, "_enter_dual_level", nesting.enter_dual_level),
+    (nesting.LEVELS, "_exit_dual_level", nesting.exit_dual_level),
 ]
 
 _OPERATORS: list[tuple[Any, str, Any]] = [
     (eager_transforms, "_wrap_for_grad", _C._wrap_for_grad),
-    (eager_transforms, "_unwrap_for_grad", predispatch._unwrap_for_grad),
+    (eager_transforms, "_unwrap_for_grad", nesting.unwrap_for_grad),
     (
         eager_transforms,
         "_set_tensor_requires_grad",
@@ -112,7 +112,7 @@ _OPERATORS: list[tuple[Any, str, Any]] = [
     (eager_transforms, "_autograd_grad", eager_transforms._autograd_grad),
     (functorch_vmap, "_add_batch_dim", predispatch._add_batch_dim),
     (functorch_vmap, "_remove_batch_dim", predispatch._remove_batch_dim),
-    (predispatch, "_make_dual", predispatch._make_dual),
-    (predispatch, "_unpack_dual", predispatch._unpack_dual),
+    (nesting.DUALS, "_make_dual", nesting.make_dual),
+    (nesting.DUALS, "_unpack_dual", nesting.unpack_dual),
     (stateful, "write_outside", write_outside),
 ]

@@ -26,6 +26,7 @@ from passes.markers import (
     stop_mark,
     tangent_mark,
 )
+from rewriter import nesting
 from rewriter.capture import example_of, number_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
 from rewriter.memory import Memory, requires_grad, written_by
@@ -85,7 +86,7 @@ class Marking(Interpreter):
             eager_transforms._autograd_grad: self._func_grad,
             eager_transforms._set_tensor_requires_grad: lambda x: x,
             _C._wrap_for_grad: lambda x, level: self._point(x),
-            predispatch._unwrap_for_grad: lambda x, level: x,
+            nesting.unwrap_for_grad: lambda x, level: x,
             _C._grad_increment_nesting: self._enter,
             _C._grad_decrement_nesting: self._leave,
             _C.set_inplace_requires_grad_allowed: lambda allowed: None,
@@ -103,12 +104,12 @@ class Marking(Interpreter):
                 kind: partial(layer_by_layer, name, dropout=self._dropout)
                 for kind, name in KINDS.items()
             },
-            predispatch._jvp_increment_nesting: self._enter_jvp,
-            predispatch._jvp_decrement_nesting: self._leave_jvp,
-            predispatch._enter_dual_level: self._enter_dual_level,
-            predispatch._exit_dual_level: self._leave_dual_level,
-            predispatch._make_dual: self._make_dual,
-            predispatch._unpack_dual: self._unpack_dual,
+            nesting.jvp_increment_nesting: self._enter_jvp,
+            nesting.jvp_decrement_nesting: self._leave_jvp,
+            nesting.enter_dual_level: self._enter_dual_level,
+            nesting.exit_dual_level: self._leave_dual_level,
+            nesting.make_dual: self._make_dual,
+            nesting.unpack_dual: self._unpack_dual,
             torch.autograd.forward_ad._maybe_load_decompositions: lambda: None,
             torch._C._set_fwd_grad_enabled: lambda enabled: None,
             predispatch.lazy_load_decompositions: lambda: None,

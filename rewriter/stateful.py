@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch import predispatch
 from torch._functorch.pyfunctorch import (
     GradInterpreter,
     JvpInterpreter,
@@ -25,6 +24,8 @@ from torch._functorch.pyfunctorch import (
 )
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+
+from rewriter import nesting
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _A: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
@@ -108,7 +109,7 @@ def levels_restored() -> Iterator[None]:
     except BaseException:
         _C.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         if not was_open and _is_dual_level_open():
-            predispatch._exit_dual_level(level=0)
+            nesting.exit_dual_level(level=0)
         torch._C._set_fwd_grad_enabled(forward)
         if hooks:
             _A._saved_tensors_hooks_enable()
@@ -118,10 +119,10 @@ def levels_restored() -> Iterator[None]:
 def _is_dual_level_open() -> bool:
     """Whether a dual level is open, by PyTorch's own count; there can be but one."""
     try:
-        level = predispatch._enter_dual_level()
+        level = nesting.enter_dual_level()
     except RuntimeError:
         return True
-    predispatch._exit_dual_level(level=level)
+    nesting.exit_dual_level(level=level)
     return False
 
 
