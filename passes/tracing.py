@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from passes.convolutions import any_size_differentiable
 from passes.decompositions import before_autograd, decompositions
 from passes.graph import value_of
 from passes.inlining import inline_calls
@@ -147,7 +148,13 @@ def _without_writes(function: Callable[..., Any]) -> Callable[..., Any]:
 def _record(
     function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode, table: Any
 ) -> GraphModule:
-    with mode, enable_python_dispatcher(), preserve_node_meta(), without_fused_kernels():
+    with (
+        mode,
+        enable_python_dispatcher(),
+        any_size_differentiable(),
+        preserve_node_meta(),
+        without_fused_kernels(),
+    ):
         module = make_fx(function, decomposition_table=table)(*inputs)
     inline_calls(module)
     # A view is right for the strides seen here; what runs later on the graph may bring others.

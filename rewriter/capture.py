@@ -47,6 +47,7 @@ from torch._functorch import eager_transforms
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
+from passes.convolutions import take_any_size
 from passes.graph import where
 from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
 from rewriter.guarded import past_the_wrapper
@@ -432,6 +433,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
     settings: dict[str, Any] = {
         name: True for name in ("trace_autograd_ops", "allow_rnn") if hasattr(dynamo_config, name)
     }
+    take_any_size()
     with _lock, contextlib.ExitStack() as stack:
         settings["specialize_float"] = specialize_floats
         settings |= {

@@ -30,7 +30,10 @@ def peak_bytes(call: Callable[[], object]) -> int:
         return _peak_on_gpu(call)
     # The profiler announces each start on standard error.
     with patch.dict(os.environ, KINETO_LOG_LEVEL="99"), tempfile.TemporaryDirectory() as folder:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        # Without the last option torch 2.11 warns that events of earlier cycles are dropped.
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
             call()
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))

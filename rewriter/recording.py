@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from passes.convolutions import any_size_differentiable
 from rewriter import stateful
 from rewriter.as_written import gradients_of
 from rewriter.capture import set_requires_grad
@@ -359,7 +360,7 @@ class Recording(TorchFunctionMode):
         """Make the call on fake tensors, first: what must not happen to an input is seen there."""
         own = [self._shadowed(args), self._shadowed(kwargs)]
         try:
-            with self.mode, without_saved_tensor_hooks():
+            with self.mode, without_saved_tensor_hooks(), any_size_differentiable():
                 shadow = func(*own[0], **own[1])
         except Exception as error:
             return None, error
