@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch.torch_version import TorchVersion
+
+from passes.versions import IS_BEFORE_2_13
 
 aten = torch.ops.aten
-
-_TAKES_NUMBERS_ONLY = TorchVersion(torch.__version__) < (2, 13)
 
 
 @contextlib.contextmanager
@@ -22,7 +21,7 @@ def any_size_differentiable() -> Iterator[None]:
     """Let autograd differentiate convolutions of fake tensors twice in the block, whatever their
     sizes are."""
     take_any_size()
-    with enable_python_dispatcher() if _TAKES_NUMBERS_ONLY else contextlib.nullcontext():
+    with enable_python_dispatcher() if IS_BEFORE_2_13 else contextlib.nullcontext():
         yield
 
 
@@ -30,7 +29,7 @@ def any_size_differentiable() -> Iterator[None]:
 def take_any_size() -> None:
     """Give PyTorch, where it needs it, our formula. It asks for that under its Python dispatcher
     alone, which is on in traces."""
-    if not _TAKES_NUMBERS_ONLY:
+    if not IS_BEFORE_2_13:
         return
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     operator: Any = aten._convolution_double_backward.default

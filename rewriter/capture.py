@@ -49,6 +49,7 @@ from torch.fx import GraphModule, Node
 
 from passes.convolutions import take_any_size
 from passes.graph import where
+from passes.versions import IS_BEFORE_2_13
 from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
 from rewriter.guarded import past_the_wrapper
 from rewriter.stateful import (
@@ -441,6 +442,10 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             "reorderable_logging_functions": {print, warnings.warn},
             "skip_nnmodule_hook_guards": False,  # a hook may come after the capture
         }
+        if IS_BEFORE_2_13:
+            # Else `requires_grad_()` on a parameter would go unnoticed after a capture.
+            settings["skip_tensor_guards_with_matching_dict_tags"] = False
+            settings["use_recursive_dict_tags_for_guards"] = False
         if hasattr(dynamo_config, "record_runtime_overhead"):
             # Marks for profilers, around nothing: twelve calls of Python in each call of ours.
             settings["record_runtime_overhead"] = False
