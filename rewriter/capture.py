@@ -52,6 +52,7 @@ from passes.graph import where
 from passes.versions import IS_BEFORE_2_13
 from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
 from rewriter.guarded import past_the_wrapper
+from rewriter.nesting import mend_closing
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -435,6 +436,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         name: True for name in ("trace_autograd_ops", "allow_rnn") if hasattr(dynamo_config, name)
     }
     take_any_size()
+    mend_closing()
     with _lock, contextlib.ExitStack() as stack:
         settings["specialize_float"] = specialize_floats
         settings |= {

@@ -7,10 +7,13 @@ is called directly, and became Python in `torch._functorch.predispatch`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch._functorch import predispatch
+
+from passes.versions import IS_BEFORE_2_13
 
 _functorch_c: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -36,3 +39,26 @@ jvp_increment_nesting: Any = _forward._jvp_increment_nesting
 jvp_decrement_nesting: Any = _forward._jvp_decrement_nesting
 
 unwrap_for_grad: Any = _owner("_unwrap_for_grad", _functorch_c)._unwrap_for_grad
+
+
+def close_to_depth(depth: int) -> None:
+    """Close the innermost transforms until so many are open.
+
+    PyTorch's own function for that takes two away at a time before 2.13, and fails.
+    """
+    kinds = _functorch_c.TransformType
+    close = {
+        kinds.Grad: _functorch_c._grad_decrement_nesting,
+        kinds.Jvp: _functorch_c._jvp_decrement_nesting,
+        kinds.Vmap: _functorch_c._vmap_decrement_nesting,
+        kinds.Functionalize: _functorch_c._func_decrement_nesting,
+    }
+    while _functorch_c.get_dynamic_layer_stack_depth() > depth:
+        close[_functorch_c.peek_interpreter_stack().key()]()
+
+
+@functools.cache
+def mend_closing() -> None:
+    """Let Dynamo too close transforms rightly after a trace that has failed inside of them."""
+    if IS_BEFORE_2_13:
+        _functorch_c.pop_dynamic_layer_stack_and_undo_to_depth = close_to_depth

@@ -107,7 +107,7 @@ def levels_restored() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _C.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        nesting.close_to_depth(depth)
         if not was_open and _is_dual_level_open():
             nesting.exit_dual_level(level=0)
         torch._C._set_fwd_grad_enabled(forward)
