@@ -445,9 +445,13 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             "skip_nnmodule_hook_guards": False,  # a hook may come after the capture
         }
         if IS_BEFORE_2_13:
-            # Else `requires_grad_()` on a parameter would go unnoticed after a capture.
-            settings["skip_tensor_guards_with_matching_dict_tags"] = False
-            settings["use_recursive_dict_tags_for_guards"] = False
+            # Else `requires_grad_()` on a parameter, or another default of a function, would go
+            # unnoticed after a capture.
+            settings |= {
+                "skip_tensor_guards_with_matching_dict_tags": False,
+                "use_recursive_dict_tags_for_guards": False,
+                "skip_guards_on_constant_func_defaults": False,
+            }
         if hasattr(dynamo_config, "record_runtime_overhead"):
             # Marks for profilers, around nothing: twelve calls of Python in each call of ours.
             settings["record_runtime_overhead"] = False
@@ -590,7 +594,10 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
         reason = text[0] if text else type(error).__name__
         if any("Could not guard on data-dependent expression" in line for line in text):
             reason = "a branch on the value of a tensor"
-        if any("Could not extract specialized integer" in line for line in text):
+        if any(
+            "Could not extract specialized integer" in line or "(got SymInt)" in line
+            for line in text
+        ):
             reason = _READ_FROM_A_TENSOR
         got = re.search(r"got \w+\([\"'](.*?)[\"']\)", " ".join(text))
         if got is not None:  # what an operator said on fake tensors
