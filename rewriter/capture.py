@@ -38,7 +38,11 @@ from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
-from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
+from torch._dynamo.variables.functions import (
+    LocalGeneratorFunctionVariable,
+    SkipFunctionVariable,
+    UserFunctionVariable,
+)
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch._dynamo.variables.misc import AutogradFunctionVariable
 from torch._dynamo.variables.tensor import TensorVariable
@@ -67,6 +71,7 @@ from rewriter.substitutes import (
     accumulate_gradients,
     jvp_by_pullbacks,
     linearize,
+    standard_bases,
     without_a_name,
 )
 
@@ -205,11 +210,13 @@ def _call_substitute(
     bodies: dict[Any, Any] = {torch.func.linearize: linearize}
     if hasattr(eager_transforms, "_wraps_without_dynamo_attrs"):  # not in torch 2.11
         bodies[eager_transforms._wraps_without_dynamo_attrs] = without_a_name
+    if IS_BEFORE_2_13:
+        bodies[eager_transforms._chunked_standard_basis_for_] = standard_bases
     if trace.by_pullbacks:
         bodies[eager_transforms._jvp_with_argnums] = jvp_by_pullbacks
 
     def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        function = getattr(self, attribute)
+        function = getattr(self, attribute, None)  # a closure has none
         if function is torch.autograd.backward:
             return _trace_backward(trace, tx, *args, **kwargs)
         if function in bodies:
@@ -466,7 +473,11 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
         stack.enter_context(replaced(AutogradFunctionVariable, "call_apply", apply))
         stack.enter_context(replaced(TensorVariable, "method_backward", _method_backward(trace)))
-        for kind, attribute in ((SkipFunctionVariable, "value"), (UserFunctionVariable, "fn")):
+        for kind, attribute in (
+            (SkipFunctionVariable, "value"),
+            (UserFunctionVariable, "fn"),
+            (LocalGeneratorFunctionVariable, "fn"),
+        ):
             call = _call_substitute(kind.call_function, attribute, trace)
             stack.enter_context(replaced(kind, "call_function", call))
         owner, name = _setattr_of_dynamo()

@@ -7,7 +7,7 @@ loops over rows; Dynamo inlines it in the namesake's place. Options that only sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -192,6 +192,27 @@ def without_a_name(function: Callable[..., Any]) -> Callable[..., Any]:
         return wrapper
 
     return same
+
+
+def standard_bases(
+    tensors: Sequence[Tensor], numels: Sequence[int], chunk_size: int | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Do what `torch._functorch.eager_transforms._chunked_standard_basis_for_` does, which before
+    2.13 reads from a tensor where the diagonals are."""
+    total = sum(numels)
+    chunks = [(0, total)]
+    if chunk_size is not None:
+        chunks = [(i, min(chunk_size, total - i)) for i in range(0, total, chunk_size)]
+    bases = []
+    for first, rows in chunks:
+        start, basis = first, []
+        for x, n in zip(tensors, numels, strict=True):
+            chunk = x.new_zeros(rows, n)
+            chunk.diagonal(start).fill_(1)
+            basis.append(chunk.view(rows, *x.shape))
+            start -= n
+        bases.append(tuple(basis))
+    return bases
 
 
 def accumulate_gradients(
