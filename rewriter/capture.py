@@ -347,6 +347,19 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before) if own else delattr(owner, name)
 
 
+@contextlib.contextmanager
+def _tensor_method(name: str, handler: Callable[..., Any]) -> Iterator[None]:
+    """Handle a method of tensors in our way for the block: from torch 2.14 on Dynamo looks it up in
+    a table, before by its name."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(TensorVariable, f"method_{name}", handler))
+        table = getattr(TensorVariable, "tp_methods", {})
+        if name in table:
+            changed = {**table, name: type(table[name])(handler)}
+            stack.enter_context(replaced(TensorVariable, "tp_methods", changed))
+        yield
+
+
 def number_of(x: Tensor) -> Tensor:
     """Do what ``x.item()`` does for a float, without leaving the graph: a constant of shape () that
     promotes like a number."""
@@ -464,7 +477,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             settings["record_runtime_overhead"] = False
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_quiet())
-        stack.enter_context(replaced(TensorVariable, "method_requires_grad_", _requires_grad_))
+        stack.enter_context(_tensor_method("requires_grad_", _requires_grad_))
         stack.enter_context(replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
         name = "speculate_subgraph_with_auto_output_flattening"
         if hasattr(higher_order_ops, name):
@@ -472,7 +485,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             stack.enter_context(replaced(higher_order_ops, name, traced))
         apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
         stack.enter_context(replaced(AutogradFunctionVariable, "call_apply", apply))
-        stack.enter_context(replaced(TensorVariable, "method_backward", _method_backward(trace)))
+        stack.enter_context(_tensor_method("backward", _method_backward(trace)))
         for kind, attribute in (
             (SkipFunctionVariable, "value"),
             (UserFunctionVariable, "fn"),
