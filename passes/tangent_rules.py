@@ -23,6 +23,10 @@ from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, 
 aten = torch.ops.aten
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+MOVES_AT_A_BOUND = torch.__version__ < (2, 14)
+"""Whether the derivative of ``clamp`` is one where its argument is a bound; it is zero from torch
+2.14 on."""
+
 
 class NoRule(Exception):
     """An operator that can not be differentiated in forward mode."""
@@ -261,14 +265,16 @@ def _larger(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -
 
 
 def _clamp(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """``clamp`` to numbers: on a bound as in reverse mode."""
     x = args[0]
     names = {aten.clamp_min.default: ("min",), aten.clamp_max.default: ("max",)}
     bounds = dict(zip(names.get(target, ("min", "max")), args[1:], strict=False)) | kwargs
+    above, below = (torch.ge, torch.le) if MOVES_AT_A_BOUND else (torch.gt, torch.lt)
     inside = torch.ones_like(x, dtype=torch.bool)
     if bounds.get("min") is not None:
-        inside = inside & (x >= bounds["min"])
+        inside = inside & above(x, bounds["min"])
     if bounds.get("max") is not None:
-        inside = inside & (x <= bounds["max"])
+        inside = inside & below(x, bounds["max"])
     return torch.where(inside, along[0], 0)
 
 
