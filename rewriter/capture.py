@@ -305,7 +305,7 @@ def _call_apply(original: Callable[..., Any], trace: Trace) -> Callable[..., Any
         if is_inside_forward_mode() or trace.by_pullbacks:
             trace.refuse("the forward-mode rule of a user-defined autograd.Function")
         stand_in = type(self.fn_cls.__name__, (self.fn_cls,), {"jvp": torch.autograd.Function.jvp})
-        return original(type(self)(stand_in, source=self.source), tx, args, kwargs)
+        return original(self.clone(fn_cls=stand_in), tx, args, kwargs)
 
     return call_apply
 
