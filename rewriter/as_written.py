@@ -107,21 +107,26 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
     mode = fake_mode_of(examples)
     with mode, _numbers_forgotten(mode), LiveBytes() as live, FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
-    with mode, _numbers_forgotten(mode):
-        leaves = [own[i] for i in wanted]
-        ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
-        reached = {}
-        for end in ends:
-            grads = gradients_of([outputs[end]], leaves, retain_graph=True)
-            reached[end] = frozenset(
-                i for i, grad in zip(wanted, grads, strict=True) if grad is not None
-            )
+    leaves = [own[i] for i in wanted]
+    ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
+    reached: dict[int, frozenset[int]] = {}
+    if len(ends) > 1:
+        with mode, _numbers_forgotten(mode):
+            for end in ends:
+                grads = gradients_of([outputs[end]], leaves, retain_graph=True)
+                reached[end] = _there(wanted, grads)
     with mode, _numbers_forgotten(mode), live, counter:
         # Counted once, all outputs together, as one backward pass would.
-        gradients_of(outputs, leaves)
+        grads = gradients_of(outputs, leaves)
+    if len(ends) == 1:
+        reached[ends[0]] = _there(wanted, grads)
     # The leaves are copies of the inputs, alive all the time.
     copied = sum(live.bytes_of(x) for x in own if isinstance(x, Tensor))
     return AsWritten(counter.total, counter.calls, live.most - copied, wanted, reached)
+
+
+def _there(wanted: Sequence[int], grads: Sequence[Tensor | None]) -> frozenset[int]:
+    return frozenset(i for i, grad in zip(wanted, grads, strict=True) if grad is not None)
 
 
 @contextlib.contextmanager
