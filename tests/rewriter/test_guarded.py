@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,21 @@ def test_nothing_is_kept_of_dropped_specialisations(watched: Watched, net: nn.Mo
 def no_leftovers() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+def test_names_go_with_the_code(net: nn.Module) -> None:
+    """Dynamo's code finds graphs by global names, as does ours that calls them directly."""
+
+    def names() -> set[str]:
+        return {name for name in globals() if name.startswith("__compiled_fn")}
+
+    before = names()
+    loss = optimize_nested(penalty, backend="eager")
+    for _ in range(2):
+        loss(net, X)
+    made = names() - before
+    assert len(made) == 2 and sum(name.endswith("_direct") for name in made) == 1
+    torch._dynamo.reset()
+    del loss
+    gc.collect()
+    assert not made & names()
