@@ -213,7 +213,8 @@ class Marking(Interpreter):
         self, forward: GraphModule, backward: GraphModule, *inputs: Any, **options: Any
     ) -> Any:
         here = where(self.node_running)
-        if options.get("dirty_idx"):
+        written = [w for node in forward.graph.nodes for w in written_by(node)]
+        if options.get("dirty_idx") or any(w.op == "placeholder" for w in written):
             raise CaptureError("a user-defined autograd.Function that writes to its inputs", here)
         if self.duals:
             raise CaptureError("forward mode through a user-defined autograd.Function", here)
