@@ -25,6 +25,15 @@ def any_size_differentiable() -> Iterator[None]:
         yield
 
 
+def needs_any_size(error: RuntimeError) -> bool:
+    """Whether PyTorch has failed because a size is open, where `any_size_differentiable` helps.
+
+    It is no rule to have that on: under the Python dispatcher PyTorch takes other operators apart
+    too, and not all of its formulas are theirs (`multilabel_margin_loss`).
+    """
+    return IS_BEFORE_2_13 and "on tensor with symbolic sizes" in str(error)
+
+
 @functools.cache
 def take_any_size() -> None:
     """Give PyTorch, where it needs it, our formula. It asks for that under its Python dispatcher

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from passes.convolutions import any_size_differentiable
 from passes.graph import placeholders
 from passes.live import LiveBytes
 from passes.price import FlopCounter
@@ -132,16 +131,11 @@ def _there(wanted: Sequence[int], grads: Sequence[Tensor | None]) -> frozenset[i
 @contextlib.contextmanager
 def _numbers_forgotten(mode: FakeTensorMode) -> Iterator[None]:
     """Let a backward operator read a number (`torch.trace` does) that no traced value holds, or a
-    size (the second derivative of `batch_norm` does) without fixing it in the graphs to come.
-    Convolutions are differentiated twice at sizes that are open."""
+    size (the second derivative of `batch_norm` does) without fixing it in the graphs to come."""
     if mode.shape_env is None:
         yield
         return
-    with (
-        mode.shape_env.ignore_fresh_unbacked_symbols(),
-        mode.shape_env.suppress_guards(),
-        any_size_differentiable(),
-    ):
+    with mode.shape_env.ignore_fresh_unbacked_symbols(), mode.shape_env.suppress_guards():
         yield
 
 

@@ -360,7 +360,11 @@ class Recording(TorchFunctionMode):
         """Make the call on fake tensors, first: what must not happen to an input is seen there."""
         own = [self._shadowed(args), self._shadowed(kwargs)]
         try:
-            with self.mode, without_saved_tensor_hooks(), any_size_differentiable():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.mode)
+                stack.enter_context(without_saved_tensor_hooks())
+                if self.sizes is not None:
+                    stack.enter_context(any_size_differentiable())
                 shadow = func(*own[0], **own[1])
         except Exception as error:
             return None, error

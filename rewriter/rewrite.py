@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.convolutions import any_size_differentiable, needs_any_size
 from passes.graph import (
     copy_graph,
     graphs_in,
@@ -162,10 +163,13 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
     module = _staged(stages, "flatten", lambda: (flat.module, 0), seconds)
     try:
         as_written = measure(captured, flat.promoted)
-    except RuntimeError:
-        if not write_out(captured):
+    except RuntimeError as error:
+        if write_out(captured):
+            return prepare(captured, options, function)
+        if not needs_any_size(error):
             raise
-        return prepare(captured, options, function)
+        with any_size_differentiable():
+            as_written = measure(captured, flat.promoted)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
     detached = detached_derivatives(module, requiring, as_written.differentiable)
