@@ -23,6 +23,7 @@ from passes.simplify.common import merge_common
 from passes.simplify.masks import narrow_masks
 from passes.simplify.zeros import drop_zeros, zero_nodes
 from tests.passes.flat import calls, random_points
+from tests.versions import views_of_open_sizes
 
 aten = torch.ops.aten
 Rule = Callable[[torch.fx.Graph], int]
@@ -424,6 +425,7 @@ def test_layout_that_is_read_stays(function: Callable[[Tensor], Tensor]) -> None
 # Symbolic sizes
 
 
+@views_of_open_sizes
 def test_comparing_sizes_makes_no_guards() -> None:
     """A rule that asks whether two symbolic sizes are equal must not specialise the graph."""
 

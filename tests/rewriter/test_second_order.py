@@ -14,6 +14,7 @@ from torch.fx import Graph
 from passes.graph import value_of
 from rewriter import OptimizedLoss, optimize_nested
 from tests.oracle import check, flops_per_forward
+from tests.versions import forward_mode_of_open_sizes
 
 DIM, ROWS = 7, 6
 
@@ -102,6 +103,7 @@ def test_hessian_times_thin_matrix() -> None:
     assert_no_hessian(decorated, net, x, v)
 
 
+@forward_mode_of_open_sizes
 def test_open_batch() -> None:
     """Unit vectors for each row of a batch of any size are known to be such."""
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from rewriter import optimize_nested
 from tests.oracle import relative_error
+from tests.versions import traces_in_threads
 
 
 def penalty(net: nn.Module, x: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ def assert_equal(mine: list[Any], expected: list[Any]) -> None:
         assert relative_error(ours, theirs) < 1e-9
 
 
+@traces_in_threads
 @pytest.mark.parametrize("shared", [True, False], ids=["one_loss", "two_losses"])
 def test_threads(shared: bool) -> None:
     """Each thread has a network and points of its own."""
