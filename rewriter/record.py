@@ -89,8 +89,8 @@ class _Names:
     def names(self) -> set[str]:
         found: set[str] = set()
         for code in self.codes:
-            if code.co_filename.startswith(_SYMPY):
-                continue  # called by PyTorch for symbolic sizes
+            if code.co_filename.startswith((*_SYMPY, "<frozen ")):
+                continue  # called by PyTorch: for symbolic sizes, or Python's own, for an import
             if is_users(code.co_filename) or code.co_filename.startswith(_TORCH_NN):
                 found.update(code.co_names, code.co_freevars)
                 found.update(c for c in code.co_consts if isinstance(c, str))
