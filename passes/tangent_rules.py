@@ -23,7 +23,7 @@ from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, 
 aten = torch.ops.aten
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-MOVES_AT_A_BOUND = torch.__version__ < (2, 14)
+MOVES_AT_A_BOUND = torch.__version__ < "2.14"
 """Whether the derivative of ``clamp`` is one where its argument is a bound; it is zero from torch
 2.14 on."""
 

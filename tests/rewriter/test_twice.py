@@ -40,7 +40,7 @@ EXACT = {"hardsigmoid": lambda m, x: (F.relu6(4 * m(x) + 3) / 6) ** 3}
 def test_second_derivative(name: str) -> None:
     loss = squared_gradient(BODIES[name])
     net, x = linear(), points()
-    if name in DISTANCES and torch.__version__ >= (2, 14):
+    if name in DISTANCES and torch.__version__ >= "2.14":
         refused = contextlib.nullcontext()
     else:
         refused = pytest.raises(RuntimeError, match="not implemented")
