@@ -19,13 +19,11 @@ from torch.utils import _pytree as pytree
 
 from passes.custom_rules import CUSTOM
 from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, ZERO
+from passes.versions import CLAMP_MOVES_AT_A_BOUND
+
 
 aten = torch.ops.aten
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-
-MOVES_AT_A_BOUND = torch.__version__ < "2.14"
-"""Whether the derivative of ``clamp`` is one where its argument is a bound; it is zero from torch
-2.14 on."""
 
 
 class NoRule(Exception):
@@ -269,7 +267,7 @@ def _clamp(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) ->
     x = args[0]
     names = {aten.clamp_min.default: ("min",), aten.clamp_max.default: ("max",)}
     bounds = dict(zip(names.get(target, ("min", "max")), args[1:], strict=False)) | kwargs
-    above, below = (torch.ge, torch.le) if MOVES_AT_A_BOUND else (torch.gt, torch.lt)
+    above, below = (torch.ge, torch.le) if CLAMP_MOVES_AT_A_BOUND else (torch.gt, torch.lt)
     inside = torch.ones_like(x, dtype=torch.bool)
     if bounds.get("min") is not None:
         inside = inside & above(x, bounds["min"])
