@@ -21,7 +21,6 @@ from passes.custom_rules import CUSTOM
 from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, ZERO
 from passes.versions import CLAMP_MOVES_AT_A_BOUND
 
-
 aten = torch.ops.aten
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
