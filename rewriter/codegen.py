@@ -38,6 +38,7 @@ from passes.bytes import size_in_bytes
 from passes.graph import copy_graph, hint, is_random, placeholders, value_of
 from passes.price import evaluated, size_hints
 from passes.tracing import fake_mode_of
+from passes.versions import IS_BEFORE_2_13
 from rewriter.capture import replaced
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.parcel import CannotPack, pack, unpack
@@ -67,6 +68,15 @@ def compile_graph(
             "optimize_nested: no C++ compiler was found, so the rewritten loss runs op by op. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: gxx; macOS: xcode-select "
             "--install) or set the environment variable CXX.",
+            NestedGradientWarning,
+            stacklevel=2,
+        )
+        return _op_by_op(module)
+    if IS_BEFORE_2_13 and any(map(is_random, module.graph.nodes)):
+        warnings.warn(
+            f"optimize_nested: Inductor of PyTorch {torch.__version__} draws in another order than "
+            "eager, so the rewritten loss runs op by op, with eager's numbers. PyTorch 2.13 "
+            "compiles it.",
             NestedGradientWarning,
             stacklevel=2,
         )

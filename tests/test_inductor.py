@@ -16,6 +16,7 @@ from rewriter.bench import Contender
 from rewriter.peak_memory import peak_bytes
 from tests.cases import mlp, penalty, penalty_on_input, with_written_norms
 from tests.oracle import assert_same, check, outcome
+from tests.versions import compiled_draws
 
 pytestmark = pytest.mark.inductor
 
@@ -29,6 +30,7 @@ def everything(net: nn.Module, x: Tensor) -> Tensor:
     return (u + h[:, 1:]).square().mean() + g.square().sum()
 
 
+@compiled_draws
 def test_state_and_generator() -> None:
     """BatchNorm's statistics and dropout's draw."""
     torch.manual_seed(0)
@@ -76,6 +78,7 @@ def draws(net: nn.Module, x: Tensor) -> Tensor:
     return g.square().sum() * torch.bernoulli(torch.full((3,), 0.4, dtype=x.dtype)).sum()
 
 
+@compiled_draws
 def test_draws_are_those_of_eager() -> None:
     x = torch.randn(5, 2, dtype=torch.float64)
     check(draws, [mlp(nn.Tanh, 3, 6, 2)], x, backend="inductor")

@@ -24,3 +24,11 @@ traces_in_threads = pytest.mark.skipif(
 second_derivative_of_grid_sample = pytest.mark.xfail(
     IS_BEFORE_2_13, reason="grid_sample has no second derivative before torch 2.13"
 )
+
+compiled_draws = pytest.mark.xfail(
+    IS_BEFORE_2_13, reason="Inductor draws in another order than eager before torch 2.13"
+)
+
+sizes_fixed_by_convolutions = pytest.mark.skipif(
+    IS_BEFORE_2_13, reason="before torch 2.13 our formula stands in, which fixes no size"
+)

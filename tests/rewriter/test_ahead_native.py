@@ -17,6 +17,7 @@ from torch.autograd import grad
 
 from rewriter import ArtifactError, OptimizeNestedError, load, optimize_nested
 from rewriter.ahead.archive import MANIFEST, pack, unpack
+from tests.versions import sizes_fixed_by_convolutions
 
 pytestmark = pytest.mark.inductor
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +126,7 @@ def test_portable_compiles_on_arrival(tmp_path: Path) -> None:
         torch.testing.assert_close(bound.value_and_grad(x), (expected[0].detach(), expected[1]))
 
 
+@sizes_fixed_by_convolutions
 @pytest.mark.parametrize("portable", [False, True])
 def test_sizes_that_inductor_fixes(tmp_path: Path, portable: bool) -> None:
     """By reverse mode, the weight gradient of a convolution is one with the batch as channels."""
