@@ -32,3 +32,7 @@ compiled_draws = pytest.mark.xfail(
 sizes_fixed_by_convolutions = pytest.mark.skipif(
     IS_BEFORE_2_13, reason="before torch 2.13 our formula stands in, which fixes no size"
 )
+
+derivative_of_trace = pytest.mark.xfail(
+    IS_BEFORE_2_13, reason="eager's derivative of the trace of a tall matrix is wrong in torch 2.11"
+)

@@ -15,6 +15,7 @@ from torch.autograd import grad
 from rewriter import optimize_nested
 from tests.cases import mlp
 from tests.oracle import assert_same, check, outcome
+from tests.versions import derivative_of_trace, second_derivative_of_grid_sample
 
 Body = Callable[[nn.Module, Tensor], Tensor]
 
@@ -96,7 +97,10 @@ def points() -> Tensor:
     return torch.randn(6, 3, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", BODIES)
+LATER = {"trace": derivative_of_trace}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LATER.get(n, ())) for n in BODIES])
 def test_operator(name: str) -> None:
     check(squared_gradient(BODIES[name]), [linear()], points())
 
@@ -109,7 +113,11 @@ def sampled(image: Tensor, x: Tensor) -> Tensor:
     ("body", "named"),
     [
         (lambda m, x: torch.linalg.lu_factor(m(x).view(6, 2, 2))[0], "lu_unpack"),
-        (lambda m, x: sampled(m(x).view(1, 1, 4, 6), x), "grid_sampler"),
+        pytest.param(
+            lambda m, x: sampled(m(x).view(1, 1, 4, 6), x),
+            "grid_sampler",
+            marks=[second_derivative_of_grid_sample],
+        ),
         # Their derivative is not a gradient everywhere: forward mode would give other numbers.
         (lambda m, x: F.max_unpool1d(m(x), _TWICE, 2), "max_unpool2d"),
         (lambda m, x: torch.cholesky_inverse(m(x).view(6, 2, 2)), "cholesky_inverse"),
