@@ -173,7 +173,7 @@ class Tiered:
         return f"{self._what}: {how}"
 
 
-def is_waiting(code: Compiled | None) -> bool:
+def is_waiting(code: Compiled) -> bool:
     """Whether other code may take this one's place."""
     return isinstance(code, Tiered) and code.is_waiting
 

@@ -185,19 +185,20 @@ class Step:
 
     def forward(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[Any]]:
         """Return the outputs and the gradients, nobody else's, or the residuals they need."""
+        run = self._forward or self._prepared()
         if not self._is_settled:
-            self._is_settled = self._is_fixed and not is_waiting(self._forward)
+            self._is_settled = self._is_fixed and not is_waiting(run)
         is_settled = self._is_settled
-        out = (self._forward or self._prepared())(*inputs)
+        out = run(*inputs)
         if self.roles.updated:
             self.update(inputs, out)
         out = self._ownership.taken(out, inputs, is_settled=is_settled)
         return tuple(out[: self.roles.n_outputs]), out[self.n_early :]
 
     def _prepared(self) -> Compiled:
-        self.prepare()
-        assert self._forward is not None
-        return self._forward
+        code = self.prepare()._forward
+        assert code is not None
+        return code
 
     def update(self, inputs: Sequence[Any], out: Sequence[Any]) -> None:
         """Write new values to the inputs that the loss writes to."""

@@ -297,16 +297,18 @@ def test_choice_is_kept(background: Background) -> None:
     assert isinstance(again.steps[0], Step) and again.steps[0].rewritten.choice.is_recalled
 
 
-@pytest.mark.parametrize("family", ["autograd", "batched", "functional"])
+@pytest.mark.parametrize(
+    "family",
+    ["autograd", *(pytest.param(f, marks=pytest.mark.slow) for f in ("batched", "functional"))],
+)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_random_programs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step as written, one in a form that has come from elsewhere."""
     answered, tally = Answered(), Tally(family)
 
     def can_be(prepared: Prepared, options: Options) -> bool:
-        parts = prepared.roles.updated or size_hints(prepared.derivative)
         is_late = prepared.seeded and prepared.roles.differentiable
-        return bool(prepared.sites) and not (parts or is_late)
+        return bool(prepared.sites) and not (size_hints(prepared.derivative) or is_late)
 
     monkeypatch.setattr("rewriter.deferred.queue", answered)
     monkeypatch.setattr("rewriter.deferred._takes_long", can_be)
