@@ -38,8 +38,8 @@ from rewriter.start import waiting
 from rewriter.stateful import set_aside
 from rewriter.step import Step, explaining
 
-# Of the loss as written; to find a form for more takes about a second or longer.
-MOST_MATMULS = 30
+# Of the loss as written; to find a form for more may take more than a second.
+MOST_MATMULS = 15
 
 
 def step_for(prepared: Prepared, options: Options) -> Step | Deferred:

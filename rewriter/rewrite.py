@@ -23,6 +23,7 @@ from passes.graph import (
 from passes.joint import Roles, trace_value
 from passes.markers import MARKS
 from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
+from passes.parts import in_parts
 from passes.price import evaluated, price, size_hints
 from passes.share import share
 from passes.verify import verify
@@ -133,7 +134,9 @@ class Rewritten(Prepared):
         that was taken, whichever costs less where nothing is pulled back."""
         modules = dict.fromkeys([self.derivative, self.choice.form])
         graphs = map(trace_value, modules)
-        return min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
+        best = min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
+        in_parts(best)
+        return best
 
 
 def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewritten:

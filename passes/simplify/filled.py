@@ -79,6 +79,9 @@ def filling(node: Any, known: Mapping[Node, Any] = MappingProxyType({})) -> Any:
         return None if isinstance(args[1], Node) else args[1]
     if node.target in _SAME_NUMBERS:
         return filling(args[0], known)
+    if node.target is aten.cat.default:
+        numbers = {filling(part, known) for part in args[0]}
+        return numbers.pop() if len(numbers) == 1 else None
     if node.kwargs or (node.target not in _TIMES | _OVER and node.target is not aten.add.Tensor):
         return None
     one, other = filling(args[0], known), filling(args[1], known)

@@ -136,7 +136,14 @@ FILLED = {
     "of a mean": Case(lambda x: x * (constant(1, 5, 4) / 20), (A,), 1, (MUL,)),
     "computed": Case(lambda x: x * (constant(1, 5, 4) + constant(1, 5, 4) * 3), (A,), 1, (MUL,)),
     "quotient": Case(lambda x: x / constant(4, 5, 4), (A,), 1, ("div.Tensor",)),
+    "joined": Case(
+        lambda x: x * torch.cat([constant(3, 2, 4), constant(3, 3, 4)]), (A,), 1, (MUL,)
+    ),
     # What must stay.
+    "joined of two": Case(
+        lambda x: x * torch.cat([constant(3, 2, 4), constant(2, 3, 4)]), (A,), 0,
+        ("full", "expand", "full", "expand", "cat", MUL),
+    ),
     "grows": Case(
         lambda x: x * torch.ones(5, 4, dtype=torch.float64), ((5, 1),), 0, ("ones", MUL)
     ),

@@ -67,6 +67,7 @@ class Background:
 def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
     made = Background()
     monkeypatch.setattr("rewriter.start.queue", made)
+    monkeypatch.setattr("rewriter.deferred.MOST_MATMULS", 1000)  # what is above is found elsewhere
     monkeypatch.setattr("rewriter.start.compile_graph", made.compile_graph)
     yield made
     rewriter.start.waiting.clear()
