@@ -33,6 +33,7 @@ BYTES_ON_GPU = 2**28
 
 _RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 _COPIES = {aten.clone.default, aten._to_copy.default}
+_REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
 class _NotInParts(Exception):
@@ -212,7 +213,7 @@ def _for_part(
 
 
 def _summed(node: Node) -> list[int]:
-    """Return the dimensions that a sum is over."""
+    """Return the dimensions that a sum or a mean is over."""
     shape = _shape(node.args[0])
     dims: Any = node.args[1] if len(node.args) > 1 else None
     return [dim % len(shape) for dim in (range(len(shape)) if dims is None else dims)]
@@ -266,7 +267,7 @@ def _reads(node: Node, axis: int, count: int) -> list[tuple[Node, int | None]] |
     if target is aten.permute.default:
         dims: Any = node.args[1]
         return [(read[0], dims[axis] % len(shape))]
-    if target is aten.sum.dim_IntList:
+    if target in _REDUCTIONS:
         keeps = len(shape) == len(_shape(read[0]))
         summed = _summed(node)
         left = [d for d in range(len(_shape(read[0]))) if keeps or d not in summed]

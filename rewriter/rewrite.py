@@ -130,11 +130,13 @@ class Rewritten(Prepared):
         return self.choice.joint
 
     def value_graph(self) -> GraphModule:
-        """Trace the loss's value and state updates alone: with plain derivatives or in the form
+        """Return the loss's value and state updates alone: with plain derivatives or in the form
         that was taken, whichever costs less where nothing is pulled back."""
-        modules = dict.fromkeys([self.derivative, self.choice.form])
-        graphs = map(trace_value, modules)
-        best = min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
+        if self.roles.differentiable:
+            graphs = map(trace_value, dict.fromkeys([self.derivative, self.choice.form]))
+            best = min(graphs, key=lambda graph: evaluated(price(graph).flops, size_hints(graph)))
+        else:
+            best = copy_graph(self.joint)  # it has no gradients either
         in_parts(best)
         return best
 
