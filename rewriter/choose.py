@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,7 @@ def choose(
     memory = None
     if recalls and not (asked or options.strict or options.is_measured) and forms.sites:
         memory = Recollection(module, roles, seeded=seeded)
-        found = _recalled(memory, forms)
+        found = _recalled(memory, forms, lambda: forms.build_as_written(captured, promoted))
         if found is not None:
             return sole_choice(found)
     written = evaluated(as_written.flops, size_hints(module))
@@ -134,7 +134,7 @@ def choose(
     best = min(tried, key=preference)
     refusals = _refusals(forms, tried)
     _refuse_if_strict(forms.sites, asked, refusals, best.candidate, options)
-    if memory is not None and set(NAMES).issuperset(best.candidate.strategies.values()):
+    if memory is not None and _can_be_recalled(best.candidate.strategies):
         memory.keep(best.candidate)
     return _choice(
         best,
@@ -179,14 +179,24 @@ def _choice(taken: Form, tried: Sequence[Form], **known: Any) -> Choice:
     )
 
 
-def _recalled(memory: Recollection, forms: Forms) -> Form | None:
+def _recalled(
+    memory: Recollection, forms: Forms, build_as_written: Callable[[], Form]
+) -> Form | None:
     """Return the form that an earlier process chose, if it is what it was."""
     strategies = memory.strategies() or {}
-    names = {site.name for site in forms.sites}
-    if strategies.keys() != names or not set(NAMES).issuperset(strategies.values()):
+    if strategies.keys() != {site.name for site in forms.sites}:
         return None
-    form = forms.build(strategies)
+    if not _can_be_recalled(strategies):
+        return None
+    is_written = AS_WRITTEN in strategies.values()
+    form = build_as_written() if is_written else forms.build(strategies)
     return form if memory.fits(form.candidate) else None
+
+
+def _can_be_recalled(strategies: Mapping[str, str]) -> bool:
+    """Whether the form can be built from the names of its strategies."""
+    names = set(strategies.values())
+    return names == {AS_WRITTEN} or names.issubset(NAMES)
 
 
 def _ruled_out(forms: Forms, roles: Roles, written: int) -> dict[frozenset[str], int]:

@@ -27,7 +27,7 @@ from passes.tracing import example_inputs, fake_mode_of, without_fused_kernels
 from rewriter.background import queue
 from rewriter.choose import cheapest
 from rewriter.codegen import has_compiler, keeps_code
-from rewriter.forms import Form, Forms, as_written
+from rewriter.forms import AS_WRITTEN, Form, Forms, as_written
 from rewriter.options import Options
 from rewriter.parcel import MARKS, CannotPack, pack, unpack
 from rewriter.progress import shown
@@ -75,8 +75,15 @@ def _takes_long(prepared: Prepared, options: Options) -> bool:
         and CUSTOM.keys().isdisjoint(node.target for node in _nodes(module))
         and torch.get_default_dtype() is torch.float32
         and has_compiler(module)
-        and _memory(prepared).strategies() is None
+        and not _is_known(prepared)
     )
+
+
+def _is_known(prepared: Prepared) -> bool:
+    """Whether an earlier process chose a form that is soon built; the loss as written, traced with
+    all its derivatives, is not."""
+    strategies = _memory(prepared).strategies()
+    return strategies is not None and AS_WRITTEN not in strategies.values()
 
 
 def _memory(prepared: Prepared) -> Recollection:
@@ -153,7 +160,7 @@ class Deferred:
             form = forms.build_as_written(prepared.captured, prepared.flat.promoted)
         else:
             form = _unpacked(self._job.answer, fake_mode_of(example_inputs(prepared.derivative)))
-            _memory(prepared).keep(form.candidate)
+        _memory(prepared).keep(form.candidate)
         return decide(prepared, self._options, form=form)
 
 

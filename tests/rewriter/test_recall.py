@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import rewriter.recall
 import rewriter.start
 from rewriter import OptimizedLoss, Report, optimize_nested
 from rewriter.codegen import compile_graph
-from rewriter.forms import Forms
+from rewriter.forms import Form, Forms
 from tests.cases import mlp, penalty_on_input
 from tests.oracle import Outcome, assert_same, outcome
 
@@ -97,6 +98,36 @@ def test_second_process(
         == json.loads(kept.read_text())["strategies"]
     )
     assert len(traced) == 1
+
+
+def test_loss_that_is_cheapest_as_written(
+    folder: Path, traced: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = example()
+    with monkeypatch.context() as patch:
+        patch.setattr("rewriter.choose.evaluated", lambda *_: 0)  # what it costs as written
+        patch.setattr("rewriter.choose.preference", lambda form: form.candidate.nodes)
+        patch.setattr(Forms, "build_as_written", _least(Forms.build_as_written))
+        first, _ = in_new_process(laplacian, args)
+    (kept,) = (folder / "optimize_nested").iterdir()
+    data = json.loads(kept.read_text())
+    assert set(data["strategies"].values()) == {"as written"} and traced
+    traced.clear()
+    second, found = in_new_process(laplacian, args)
+    choice = second.steps[0].rewritten.choice
+    assert choice.is_recalled and not traced
+    assert choice.taken.strategies == first.steps[0].rewritten.choice.taken.strategies
+    assert_same(found, run(laplacian, args))
+
+
+def _least(build: Callable[..., Form]) -> Callable[..., Form]:
+    """Return what builds the same form, with a price that no other has."""
+
+    def built(*args: Any) -> Form:
+        form = build(*args)
+        return replace(form, candidate=replace(form.candidate, nodes=0))
+
+    return built
 
 
 def test_report_has_all_candidates(folder: Path) -> None:
