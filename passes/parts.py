@@ -10,7 +10,7 @@ them all alive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes.bytes import memory_owners, size_in_bytes
-from passes.graph import aten, drop_dead, finish, reaches, value_of
+from passes.graph import aten, drop_dead, finish, is_random, reaches, value_of
 from passes.kernels import is_product
 from passes.order import sort_nodes
 from passes.origin import mark_of
@@ -102,38 +102,38 @@ def in_parts(module: GraphModule) -> int:
         module: A functional ATen graph, changed in place. Sizes that are symbols stay as they are.
     """
     found = 0
-    for region in _regions(module):
+    for end in module.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+        # Another sum's region may have had this one in it, and left it without users.
+        region = _region_of(module, end) if end.users else None
+        if region is None:
+            continue
         largest = max(size_in_bytes(value_of(node)) for node in region.computed)
-        on_cpu = value_of(region.computed[0]).is_cpu
+        on_cpu = value_of(end).is_cpu
         n = min(int(largest) // (BYTES if on_cpu else BYTES_ON_GPU), MOST_PARTS, region.count)
         if n >= LEAST_PARTS:
-            _split(module.graph, region, n)
             found += len(region.computed)
+            _split(module.graph, region, n)
+            sort_nodes(module.graph)
     if found:
-        sort_nodes(module.graph)
         drop_dead(module.graph)
         finish(module)
     return found
 
 
-def _regions(module: GraphModule) -> Iterator[_Region]:
-    seen: set[Node] = set()
-    owners = memory_owners(module)
-    for end in list(module.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
-        for dim in _summed(end):
-            if end in seen:
-                break
-            count = _shape(end.args[0])[dim]
-            if not isinstance(count, int) or count == 1:
-                continue
-            region = _Region(count)
-            try:
-                region.add_end(end, dim)
-                _check(region, owners)
-            except _NotInParts:
-                continue
-            seen.update(region.ends, region.axes)
-            yield region
+def _region_of(module: GraphModule, end: Node) -> _Region | None:
+    """Return what a sum is over, if it can be computed in parts."""
+    for dim in _summed(end):
+        count = _shape(end.args[0])[dim]
+        if not isinstance(count, int) or count < LEAST_PARTS:
+            continue
+        region = _Region(count)
+        try:
+            region.add_end(end, dim)
+            _check(region, memory_owners(module))
+        except _NotInParts:
+            continue
+        return region
+    return None
 
 
 def _check(region: _Region, owners: dict[Node, Node]) -> None:
@@ -203,20 +203,22 @@ def _barrier(graph: Graph, totals: Sequence[Node]) -> Node:
 def _for_part(
     graph: Graph, node: Node, region: _Region, count: int, made: dict[Node, Node]
 ) -> Node:
+    target: Any = node.target
     args: Any = node.args
-    if node.target in _RESHAPES or node.target is aten.expand.default:
+    if target in _RESHAPES or target is aten.expand.default:
         axis, size = region.axes[node], list(_shape(node))
         size[axis] = size[axis] // region.count * count
         args = (node.args[0], size)
+        target = target if target is aten.expand.default else aten.reshape.default
     args, kwargs = torch.fx.map_arg((args, node.kwargs), lambda n: made.get(n, n))
-    return call(graph, node.target, args, kwargs, node)
+    return call(graph, target, args, kwargs, node)
 
 
 def _summed(node: Node) -> list[int]:
     """Return the dimensions that a sum or a mean is over."""
     shape = _shape(node.args[0])
-    dims: Any = node.args[1] if len(node.args) > 1 else None
-    return [dim % len(shape) for dim in (range(len(shape)) if dims is None else dims)]
+    dims: Any = node.args[1] if len(node.args) > 1 else None  # none of them means all
+    return [dim % len(shape) for dim in dims or range(len(shape))] if shape else []
 
 
 def _is_sum_over(node: Node, dim: int, count: int) -> bool:
@@ -245,7 +247,9 @@ def _reads(node: Node, axis: int, count: int) -> list[tuple[Node, int | None]] |
     that is not computed direction by direction."""
     target = node.target
     shape = _shape(node)
-    if node.op != "call_function" or not isinstance(shape[axis], int) or shape[axis] % count:
+    if node.op != "call_function" or is_random(node):
+        return None
+    if not isinstance(shape[axis], int) or shape[axis] % count:
         return None
     read: list[Any] = [item for item in node.args if isinstance(item, Node)]
     tags = getattr(target, "tags", ())

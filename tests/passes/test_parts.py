@@ -65,7 +65,43 @@ def traced(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor]) 
     return trace(lambda *args: list(function(*args)), fakes, mode)
 
 
-@pytest.mark.parametrize("function", [second_order, batched, along_columns])
+def twice(slope: Tensor, first: Tensor, weight: Tensor, each: Tensor) -> tuple[Tensor, ...]:
+    """Directions that begin with a sum over others."""
+    (total,) = second_order(slope, first, weight, each)
+    tangents = ((total[:, :COUNT].T.unsqueeze(1) * slope.T[:POINTS, :1]).sin() @ slope).cos()
+    return (tangents.square().sum([0, 1]),)
+
+
+def odd_sums(slope: Tensor, first: Tensor, weight: Tensor, each: Tensor) -> tuple[Tensor, ...]:
+    """Of a number, over no dimension (which is over all), over nothing at all."""
+    products = first.T @ weight
+    whole = torch.sum(products.sin() - products.sin().sum([], keepdim=True), [0])
+    empty = (first[:, :0].T @ weight).sum(0)
+    return whole + slope.sum().sum(0) + empty, torch.sum(products, []).sum(0)
+
+
+def drawn(slope: Tensor, first: Tensor, weight: Tensor, each: Tensor) -> tuple[Tensor, ...]:
+    tangents = (first.T.unsqueeze(1) * slope) @ weight
+    return ((torch.bernoulli(torch.sigmoid(tangents)) * tangents).sum(0),)
+
+
+def test_draws_stay_in_one() -> None:
+    module, values = traced(drawn, inputs()), inputs()
+    in_parts(module)
+    torch.manual_seed(0)
+    (mine,) = module(*values)
+    torch.manual_seed(0)
+    torch.testing.assert_close(mine, drawn(*values)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_odd_sums() -> None:
+    module, values = traced(odd_sums, inputs()), inputs()
+    in_parts(module)
+    for mine, reference in zip(module(*values), odd_sums(*values), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [second_order, batched, along_columns, twice])
 def test_sums_in_parts(function: Callable[..., Sequence[Tensor]]) -> None:
     module, values = traced(function, inputs()), inputs()
     work, memory = price(module).flops, evaluated(bytes_kept(module), {})
