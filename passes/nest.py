@@ -405,6 +405,21 @@ def dissolve_marks(module: GraphModule) -> None:
             node.target = derivative.stop
 
 
+def drop_stops(module: GraphModule) -> int:
+    """Take away what keeps derivatives back where no derivative is taken; return how often.
+
+    Only for a loss without a gradient of its own: there `torch.autograd.grad` without
+    ``create_graph`` is what it is with it, and sums of such derivatives can be contracted.
+    """
+    differentiated = needs(sites(module))
+    idle = [node for node in module.graph.find_nodes(op="call_function", target=derivative.stop)
+            if node not in differentiated]  # fmt: skip
+    for node in idle:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        module.graph.erase_node(node)
+    return len(idle)
+
+
 def sites(module: GraphModule) -> list[Node]:
     """Return the derivative nodes of a graph, not those inside bodies."""
     return [node for node in module.graph.nodes if "site" in node.meta]

@@ -22,7 +22,7 @@ from passes.graph import (
 )
 from passes.joint import Roles, trace_value
 from passes.markers import MARKS
-from passes.nest import NotNested, Site, active_nodes, all_sites, nest, sites
+from passes.nest import NotNested, Site, active_nodes, all_sites, drop_stops, nest, sites
 from passes.parts import in_parts
 from passes.price import evaluated, price, size_hints
 from passes.share import share
@@ -182,7 +182,7 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
         raise NotRewritten(f"strict=True: {detached[0]}")
     _staged(stages, "share", lambda: (module, share(module, active_nodes(module, requiring))))
     try:
-        _staged(stages, "nest", lambda: (module, nest(module)))
+        _staged(stages, "nest", lambda: (module, _nested(module, as_written)))
     except NotNested as error:
         raise CaptureError(str(error)) from error
     if options.dynamic is None and fix_widths(module, marked_sizes(captured)):
@@ -208,6 +208,11 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
         detached=tuple(detached),
         function=function,
     )
+
+
+def _nested(module: GraphModule, as_written: AsWritten) -> int:
+    changes = nest(module)
+    return changes if as_written.differentiable else changes + drop_stops(module)
 
 
 def decide(

@@ -240,6 +240,31 @@ def test_value_alone() -> None:
     assert evaluated(price(graph).flops, size_hints(graph)) <= (2 + DIM) * forward.flops
 
 
+def test_value_without_create_graph() -> None:
+    """As a local energy is written: nothing is differentiated afterwards. A gradient that a site
+    reads stays as constant as it was."""
+
+    def energy(net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        g = grad(net(x), x)
+        rows = [torch.autograd.grad(g[:, d].sum(), x, retain_graph=True)[0] for d in range(DIM)]
+        total = sum(row[:, d] for d, row in enumerate(rows))
+        (constant,) = torch.autograd.grad(net(x).sum(), x)
+        (late,) = torch.autograd.grad((constant * x).square().sum(), x)
+        return -0.5 * (total + g.square().sum(1)).detach(), total, total.detach(), late
+
+    net, x = network(), points()
+    loss = optimize_nested(energy, backend="eager")
+    for mine, reference in zip(loss(net, x), energy(net, x), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-12)
+        assert not mine.requires_grad
+    (step,) = loss.steps
+    graph = step.rewritten.value_graph()
+    with FlopCounter() as forward, torch.no_grad():
+        net(x)
+    assert evaluated(price(graph).flops, size_hints(graph)) <= (4 + DIM) * forward.flops
+
+
 def test_along_vectors() -> None:
     net, x = network(), points()
     v = torch.randn(16, DIM, dtype=torch.float64)
