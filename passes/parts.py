@@ -10,6 +10,7 @@ them all alive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,6 @@ class _Region:
     sources: set[Node] = field(default_factory=set)
     whole: set[Node] = field(default_factory=set)
     ends: dict[Node, None] = field(default_factory=dict)
-    _seen: set[Node] = field(default_factory=set)
 
     def add_end(self, end: Node, dim: int) -> None:
         """Add a sum, what it is computed from, and all else that is computed from that.
@@ -66,17 +66,14 @@ class _Region:
             _NotInParts: One of these values is read for all directions at once.
         """
         self.ends[end] = None
-        self._add(end.args[0], dim)
-
-    def _add(self, node: Any, axis: int) -> None:
-        stack = [(node, axis)]
+        stack: list[tuple[Any, int]] = [(end.args[0], dim)]
         while stack:
             node, axis = stack.pop()
-            if self.axes.setdefault(node, axis) != axis:
-                raise _NotInParts
-            if node in self._seen:
+            if node in self.axes:
+                if self.axes[node] != axis:
+                    raise _NotInParts
                 continue
-            self._seen.add(node)
+            self.axes[node] = axis
             read = _reads(node, axis, self.count)
             if read is None:
                 self.sources.add(node)
@@ -292,13 +289,11 @@ def _aligned(node: Node, axis: int, rank: int) -> int | None:
 def _before_reshape(old: Sequence[int], new: Sequence[int], axis: int, count: int) -> int | None:
     """Return the dimension of the old shape whose outermost factor is that of a dimension of the
     new shape."""
-    before = 1
-    for size in new[:axis]:
-        before *= size
+    before = math.prod(new[:axis])
     for dim, size in enumerate(old):
         if before == 1 and size % count == 0:
             return dim
-        if before % size if size else True:
+        if not size or before % size:
             return None
         before //= size
     return None

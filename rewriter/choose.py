@@ -184,9 +184,8 @@ def _recalled(
 ) -> Form | None:
     """Return the form that an earlier process chose, if it is what it was."""
     strategies = memory.strategies() or {}
-    if strategies.keys() != {site.name for site in forms.sites}:
-        return None
-    if not _can_be_recalled(strategies):
+    names = {site.name for site in forms.sites}
+    if strategies.keys() != names or not _can_be_recalled(strategies):
         return None
     is_written = AS_WRITTEN in strategies.values()
     form = build_as_written() if is_written else forms.build(strategies)
