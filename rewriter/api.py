@@ -27,7 +27,7 @@ from rewriter.options import Options, make_options
 from rewriter.progress import shown
 from rewriter.recorder import Recorder
 from rewriter.report import Report
-from rewriter.rewrite import Rewritten, in_full, prepare, rewrite
+from rewriter.rewrite import Rewritten, in_full, rewrite
 from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.start import get_ready
@@ -48,9 +48,9 @@ class OptimizedLoss(Specialising):
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         super().__init__(function, options, Layers(options))
         if options.capture == "trace":
-            self._compiled = Recorder(
-                function, self._built, check=options.check, dynamic=options.dynamic
-            )
+            how: Any = {"check": options.check, "dynamic": options.dynamic}
+            self._new = functools.partial(Recorder, function, self._built, **how)
+            self._compiled = self._new()
 
     def _build(self, captured: GraphModule) -> Step | Deferred:
         is_told = bool(wanted()) or is_asked_for()
@@ -58,7 +58,7 @@ class OptimizedLoss(Specialising):
             get_ready(captured, self.options)
         with shown(f"rewriting {self.name}"):
             if not (is_told or explaining.get()):
-                return step_for(prepare(captured, self.options, self.name), self.options)
+                return step_for(captured, self.options, self.name, may_wait=self._may_wait)
             rewritten = rewrite(captured, self.options, self.name)
         if is_told:
             report = self._report(rewritten)
@@ -105,7 +105,7 @@ class OptimizedLoss(Specialising):
         return self._report(found.rewritten)
 
     def _report(self, rewritten: Rewritten) -> Report:
-        known = [step.rewritten for step in self.steps]
+        known = [step.rewritten for step in self.steps if step.rewritten is not None]
         if rewritten not in known:
             known.append(rewritten)
         return make_report(
@@ -140,7 +140,8 @@ class OptimizedLoss(Specialising):
         True
         """
         found = self._explained(args, kwargs)
-        return {stage.name: stage.runnable for stage in found.rewritten.stages}
+        stages = in_full(found.rewritten, self.options).stages
+        return {stage.name: stage.runnable for stage in stages}
 
     def inputs_of(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return what the graphs of `stages` take for a call: parameters, buffers and tensors of

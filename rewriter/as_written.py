@@ -104,17 +104,17 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
     )
     start = [i for i in wanted if i not in promoted]
     mode = fake_mode_of(examples)
-    with mode, _numbers_forgotten(mode), LiveBytes() as live, FlopCounter() as counter:
+    with mode, numbers_forgotten(mode), LiveBytes() as live, FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
     leaves = [own[i] for i in wanted]
     ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
     reached: dict[int, frozenset[int]] = {}
     if len(ends) > 1:
-        with mode, _numbers_forgotten(mode):
+        with mode, numbers_forgotten(mode):
             for end in ends:
                 grads = gradients_of([outputs[end]], leaves, retain_graph=True)
                 reached[end] = _there(wanted, grads)
-    with mode, _numbers_forgotten(mode), live, counter:
+    with mode, numbers_forgotten(mode), live, counter:
         # Counted once, all outputs together, as one backward pass would.
         grads = gradients_of(outputs, leaves)
     if len(ends) == 1:
@@ -129,7 +129,7 @@ def _there(wanted: Sequence[int], grads: Sequence[Tensor | None]) -> frozenset[i
 
 
 @contextlib.contextmanager
-def _numbers_forgotten(mode: FakeTensorMode) -> Iterator[None]:
+def numbers_forgotten(mode: FakeTensorMode) -> Iterator[None]:
     """Let a backward operator read a number (`torch.trace` does) that no traced value holds, or a
     size (the second derivative of `batch_norm` does) without fixing it in the graphs to come."""
     if mode.shape_env is None:

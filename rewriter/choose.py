@@ -152,21 +152,6 @@ def sole_choice(form: Form) -> Choice:
     return _choice(form, [form], is_recalled=True)
 
 
-def cheapest(module: GraphModule, roles: Roles, written: int) -> Form | None:
-    """Return what `choose` takes where the user asks for nothing; None if that is the loss as
-    written.
-
-    Args:
-        module: The derivative graph; its joint graph takes no cotangents.
-        roles: What its inputs and outputs are.
-        written: The FLOPs of the loss as written.
-    """
-    forms = Forms(module, roles, seeded=False)
-    settled = {name: TAYLOR for part in _ruled_out(forms, roles, written) for name in part}
-    best = min(_searched(forms, {}, settled, Options()).tried, key=preference)
-    return best if best.candidate.flops <= written else None
-
-
 def _choice(taken: Form, tried: Sequence[Form], **known: Any) -> Choice:
     return Choice(
         taken=taken.candidate,

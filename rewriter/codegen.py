@@ -67,7 +67,7 @@ def compile_graph(
     """
     if backend == "eager":
         return _op_by_op(module)
-    if not has_compiler(module):
+    if not has_compiler(_values(module)):
         warnings.warn(
             "optimize_nested: no C++ compiler was found, so the rewritten loss runs op by op. "
             "Install one (Debian, Ubuntu: apt-get install g++; conda: gxx; macOS: xcode-select "
@@ -332,8 +332,28 @@ class Settings:
             finder=_finder(),
         )
 
-    def apply(self) -> None:
-        """Make them those of this process."""
+    @classmethod
+    def packed(cls, mode: str) -> bytes:
+        """Return those of this process, for another one.
+
+        Raises:
+            CannotPack: There is something among them that cannot be pickled.
+        """
+        try:
+            return pickle.dumps(cls.now(mode))
+        except Exception as error:
+            raise CannotPack(
+                f"Inductor's settings cannot be pickled: {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def applied(cls, data: bytes) -> Settings:
+        """Make those of another process, packed, those of this one; return them."""
+        settings: Settings = pickle.loads(data)
+        settings._apply()
+        return settings
+
+    def _apply(self) -> None:
         matmul: Any = torch.backends.cuda.matmul
         inductor_config.load_config(self.inductor)
         functorch_config.load_config(self.functorch)
@@ -375,22 +395,15 @@ def packed(module: GraphModule, mode: str) -> bytes:
     """
     if not keeps_code():
         raise CannotPack("Inductor's cache on disk is switched off")
-    graph = pack(module)
-    try:
-        return pickle.dumps((graph, Settings.now(mode)))
-    except Exception as error:
-        raise CannotPack(
-            f"Inductor's settings cannot be pickled: {type(error).__name__}: {error}"
-        ) from error
+    return pickle.dumps((pack(module), Settings.packed(mode)))
 
 
 def fill_cache(data: bytes) -> bytes:
     """Compile what `packed` returned; the code is left in Inductor's cache on disk, where
     `compile_graph` finds it."""
     graph, settings = pickle.loads(data)
-    settings.apply()
-    module = unpack(graph)
-    compile_graph(module, "inductor", settings.mode, strict=True)
+    mode = Settings.applied(settings).mode
+    compile_graph(unpack(graph), "inductor", mode, strict=True)
     return b""
 
 
@@ -404,7 +417,7 @@ def package_graph(module: GraphModule, mode: str) -> bytes:
     Raises:
         OptimizeNestedError: There is no C++ compiler, or Inductor fails on the graph.
     """
-    if not has_compiler(module):
+    if not has_compiler(_values(module)):
         raise OptimizeNestedError(
             "no C++ compiler was found: install one, set the environment variable CXX, or compile "
             "with portable=True"
@@ -524,9 +537,9 @@ def _with_own_draws(module: GraphModule) -> GraphModule:
     return module
 
 
-def has_compiler(module: GraphModule) -> bool:
-    """Whether Inductor can build code for the graph's device."""
-    return not is_for_cpp(_values(module)) or cpp_compiler() is not None
+def has_compiler(values: Iterable[Any]) -> bool:
+    """Whether Inductor can build code for what computes with ``values``."""
+    return not is_for_cpp(values) or cpp_compiler() is not None
 
 
 def is_for_cpp(values: Iterable[Any]) -> bool:

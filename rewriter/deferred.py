@@ -1,8 +1,9 @@
 """A loss whose cheapest form takes long to find: as written at first, while another process
 searches.
 
-The other process gets the derivative graph, and gives back the form that `rewriter.choose` takes;
-the step then goes on with it, op by op until it is compiled (`rewriter.start`).
+The other process gets what Dynamo has captured, and gives back the derivative graph with the form
+that `rewriter.choose` takes; the step then goes on with it, op by op until it is compiled
+(`rewriter.start`).
 """
 
 from __future__ import annotations
@@ -12,47 +13,62 @@ import pickle
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map_only
 
+from passes.convolutions import take_any_size
 from passes.custom_rules import CUSTOM
-from passes.graph import graphs_in, is_random, placeholders
-from passes.joint import step_of
-from passes.price import evaluated, size_hints
-from passes.tracing import example_inputs, fake_mode_of, without_fused_kernels
+from passes.graph import placeholders
+from passes.joint import Roles
+from passes.tracing import fake_mode_of, without_fused_kernels
+from rewriter import nesting
+from rewriter.as_written import AsWritten
 from rewriter.background import queue
-from rewriter.choose import cheapest
-from rewriter.codegen import has_compiler, keeps_code
-from rewriter.forms import AS_WRITTEN, Form, Forms, as_written
+from rewriter.capture import DERIVATIVES, example_of, source_name
+from rewriter.codegen import Settings, has_compiler, keeps_code
+from rewriter.flatten import Flat
+from rewriter.forms import Candidate, Form, written_out
 from rewriter.options import Options
-from rewriter.parcel import MARKS, CannotPack, pack, unpack
-from rewriter.progress import shown
-from rewriter.recall import Recollection
-from rewriter.rewrite import Prepared, Rewritten, decide
+from rewriter.parcel import MARKS, CannotPack, pack, pack_captured, unpack, unpack_captured
+from rewriter.recurrent import KINDS
+from rewriter.rewrite import Prepared, Rewritten, decide, prepare
 from rewriter.specialising import gradients_on
 from rewriter.start import waiting
-from rewriter.stateful import set_aside
-from rewriter.step import Step, explaining
+from rewriter.stateful import levels_restored, set_aside
+from rewriter.step import CaptureAgain, Step, explaining, value_only
 
-# Of the loss as written; to find a form for more may take more than a second.
-MOST_MATMULS = 15
+# Of loss and gradients as written, as far as the captured graph tells; to find a form for more may
+# take more than a second.
+MOST_PRODUCTS = 15
+_PRODUCTS = {
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "mv", "tensordot",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "scaled_dot_product_attention", "__matmul__", "__rmatmul__",
+    *(kind.__name__ for kind in KINDS),
+}  # fmt: skip
 
 
-def step_for(prepared: Prepared, options: Options) -> Step | Deferred:
+def step_for(
+    captured: GraphModule, options: Options, function: str, *, may_wait: bool
+) -> Step | Deferred:
     """Return what computes a loss: at once in the form that is best, or, with ``start="tiered"``,
     in that form later where it takes long to find.
 
     Args:
-        prepared: The loss; its form is not chosen.
+        captured: What Dynamo captured.
         options: The user's wishes.
+        function: The loss's name.
+        may_wait: Whether the form may come later.
     """
-    if _takes_long(prepared, options):
+    if may_wait and _takes_long(captured, options):
         with contextlib.suppress(CannotPack):
-            return Deferred(prepared, options)
+            return Deferred(captured, options, function)
+    prepared = prepare(captured, options, function)
     return Step(decide(prepared, options, recalls=_recalls(options)), options).prepare()
 
 
@@ -60,167 +76,208 @@ def _recalls(options: Options) -> bool:
     return options.backend == "inductor" and keeps_code()
 
 
-def _takes_long(prepared: Prepared, options: Options) -> bool:
-    """Whether another process is asked, and can be: it knows no rules of the user's own."""
-    roles, module = prepared.roles, prepared.derivative
-    is_asked = options.strategy != "auto" or options.strict or options.is_measured
+def _takes_long(captured: GraphModule, options: Options) -> bool:
+    """Whether another process is asked, and can be: it knows sizes that are numbers, no rules and
+    no surroundings of the user's own."""
+    is_asked = options.strategy != "auto" or options.is_measured
     return (
         options.start == "tiered"
         and _recalls(options)
-        and not is_asked
-        and prepared.as_written.matmuls > MOST_MATMULS
-        and bool(prepared.sites)
-        and not (prepared.seeded and roles.differentiable)
-        and not size_hints(module)
-        and CUSTOM.keys().isdisjoint(node.target for node in _nodes(module))
-        and torch.get_default_dtype() is torch.float32
-        and has_compiler(module)
-        and not _is_known(prepared)
+        and not (is_asked or options.strict or options.check)
+        and products_in(captured) > MOST_PRODUCTS
+        and all(map(_is_plain, captured.graph.nodes))
+        and not CUSTOM
+        and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+        and torch.get_default_device().type == "cpu"
+        and has_compiler(map(example_of, placeholders(captured.graph)))
     )
 
 
-def _is_known(prepared: Prepared) -> bool:
-    """Whether an earlier process chose a form that is soon built; the loss as written, traced with
-    all its derivatives, is not."""
-    strategies = _memory(prepared).strategies()
-    return strategies is not None and AS_WRITTEN not in strategies.values()
+def _is_plain(node: Node) -> bool:
+    """Whether a node means the same in another process."""
+    if node.op == "placeholder":
+        example = example_of(node)
+        return isinstance(example, Tensor) and all(type(n) is int for n in example.shape)
+    is_body = node.op in ("get_attr", "call_module")
+    return not is_body and node.target != "item"
 
 
-def _memory(prepared: Prepared) -> Recollection:
-    return Recollection(prepared.derivative, prepared.roles, seeded=prepared.seeded)
+def products_in(captured: GraphModule) -> int:
+    """Return about how many matrix products and convolutions loss and gradients take as written:
+    each is computed once more where a derivative is taken, and twice more where the loss is
+    differentiated. 0 without an inner derivative."""
+    products = derivatives = inside = 0
+    for node in captured.graph.nodes:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if node.target in DERIVATIVES:
+            derivatives += 1
+            products *= 2
+        elif node.target is nesting.enter_dual_level:
+            derivatives += 1
+            inside += 1
+        elif node.target is nesting.exit_dual_level:
+            inside -= 1
+        elif name in _PRODUCTS:
+            products += 2**inside
+    return 3 * products if derivatives else 0
 
 
 class Deferred:
     """A step as written, until its cheapest form is found.
 
     Args:
-        prepared: The loss.
+        captured: What Dynamo captured.
         options: The user's wishes.
+        function: The loss's name.
 
     Raises:
         CannotPack: Its graph cannot go to another process.
     """
 
-    def __init__(self, prepared: Prepared, options: Options) -> None:
-        self._prepared, self._options = prepared, options
-        module, written = prepared.derivative, prepared.as_written.flops
-        asked = pack(module, MARKS), prepared.roles, evaluated(written, size_hints(module))
-        self._step: Step = _WrittenStep(prepared, options)
+    def __init__(self, captured: GraphModule, options: Options, function: str) -> None:
+        self._captured, self._options, self._function = captured, options, function
+        self._names = tuple(source_name(node) for node in placeholders(captured.graph))
+        self._written = written_out(captured)
+        self._step: Step | None = None
         self._calls, self._is_searching = 0, True
         self._switching = threading.Lock()
+        asked = pack_captured(captured), Settings.packed(options.mode), options, function
         self._job = queue.submit(find, pickle.dumps(asked))
         waiting.add(self)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._is_searching:
-            self._calls += 1
-            if explaining.get() or self._job.done.is_set():
-                self.switch()
+            if not (explaining.get() or self._job.done.is_set()):
+                return self._as_written(inputs)
+            self.switch()
+        if self._step is None:
+            raise CaptureAgain
         return self._step(*inputs)
 
+    def _as_written(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        self._calls += 1
+        with torch.enable_grad(), without_fused_kernels(), levels_restored():
+            outputs = self._written(*inputs)
+        if value_only.get():
+            return tree_map_only(Tensor, torch.detach, outputs)
+        return outputs
+
     @property
-    def rewritten(self) -> Rewritten:
-        """The specialisation; if its form is not found yet, it is searched for here."""
-        if self._is_searching:
-            self.switch()
-        return self._step.rewritten
+    def rewritten(self) -> Rewritten | None:
+        """The specialisation; None if its form is not found yet."""
+        return self._step.rewritten if self._step else None
 
     @property
     def tiers(self) -> tuple[str, ...]:
         """What runs at present."""
-        if not self._is_searching:
+        if self._step is not None:
             return self._step.tiers
-        name = self._prepared.function or "the loss"
         passed = time.perf_counter() - self._job.start
         how = f"as written, {self._calls} calls so far; the cheapest form is searched for"
-        return (f"{name}: {how} for {passed:.1f} s",)
+        return (f"{self._function or 'the loss'}: {how} for {passed:.1f} s",)
 
     def wait(self, seconds: float | None) -> bool:
         """Wait for the search; return whether it is done."""
         return self._job.done.wait(seconds)
 
     def switch(self) -> None:
-        """Let the next call have the form that was found; if none was, search in this process."""
+        """Let the next call have the form that was found; if none was, the loss is captured again
+        at that call, and searched for here."""
         with self._switching:
             if not self._is_searching:
                 return
-            with gradients_on(), set_aside(), shown(f"rewriting {self._prepared.function}"):
-                rewritten = self._found() or decide(self._prepared, self._options, recalls=True)
-                self._step = Step(rewritten, self._options).prepare()
+            if self._job.done.is_set() and not self._job.error:
+                with gradients_on(), set_aside():
+                    found: Found = pickle.loads(self._job.answer)
+                    rewritten = found.rewritten(self._captured, self._names, self._options)
+                    self._step = Step(rewritten, self._options).prepare()
             self._is_searching = False
             waiting.discard(self)
 
-    def _found(self) -> Rewritten | None:
-        """Return what the other process has found; None if it has failed, or is not done."""
-        if not self._job.done.is_set() or self._job.error:
-            return None
-        prepared = self._prepared
-        if not self._job.answer:
-            forms = Forms(prepared.derivative, prepared.roles, seeded=prepared.seeded)
-            form = forms.build_as_written(prepared.captured, prepared.flat.promoted)
-        else:
-            form = _unpacked(self._job.answer, fake_mode_of(example_inputs(prepared.derivative)))
-        _memory(prepared).keep(form.candidate)
-        return decide(prepared, self._options, form=form)
 
+@dataclass(frozen=True)
+class Found:
+    """A specialisation on its way back, see `rewriter.rewrite.Rewritten`: its graphs are packed."""
 
-class _WrittenStep(Step):
-    """Compute the loss and its gradients as written, op by op under autograd."""
+    function: str
+    as_written: AsWritten
+    promoted: tuple[int, ...]
+    roles: Roles
+    seeded: bool
+    detached: tuple[str, ...]
+    candidate: Candidate
+    graphs: tuple[bytes, bytes, bytes]
+    simplified: int
+    seconds: tuple[float, float]
 
-    def __init__(self, prepared: Prepared, options: Options) -> None:
-        self._begin(prepared, options)
-        roles, module = prepared.roles, prepared.derivative
-        self.is_random = any(map(is_random, _nodes(module)))
-        written = as_written(prepared.captured, prepared.sites, roles)
-        leaves = [i for i in roles.wanted if i not in prepared.flat.promoted]
-        step = step_of(written, roles, leaves, len(placeholders(module.graph)))
+    @classmethod
+    def of(cls, rewritten: Rewritten) -> Found:
+        """Pack a specialisation."""
+        choice = rewritten.choice
+        return cls(
+            function=rewritten.function,
+            as_written=rewritten.as_written,
+            promoted=rewritten.flat.promoted,
+            roles=rewritten.roles,
+            seeded=rewritten.seeded,
+            detached=rewritten.detached,
+            candidate=choice.taken,
+            graphs=(
+                pack(rewritten.derivative, MARKS),
+                pack(choice.form, MARKS),
+                pack(choice.joint, MARKS),
+            ),
+            simplified=choice.joint.meta["simplified"],
+            seconds=(choice.build_seconds, choice.trace_seconds),
+        )
 
-        def forward(*inputs: Any) -> list[Any]:
-            with without_fused_kernels():
-                outputs, updates, gradients = step(*map(_detached, inputs))
-            return [*map(_detached, outputs), *map(_detached, updates), *gradients]
+    def rewritten(
+        self, captured: GraphModule, names: tuple[str, ...], options: Options
+    ) -> Rewritten:
+        """Return the specialisation, without its stages.
 
-        def value(*inputs: Any) -> list[Any]:
-            own = [*map(_detached, inputs)]
-            for i in leaves:
-                own[i].requires_grad_()
-            with torch.enable_grad(), without_fused_kernels():
-                return [*map(_detached, written(own))]
-
-        self._forward, self._value = forward, value
-        self._is_fixed = False  # what autograd returns is looked at each time
-
-
-def _nodes(module: GraphModule) -> list[Node]:
-    """Return the nodes of a graph and of those that it calls."""
-    return [node for part in graphs_in(module) for node in part.graph.nodes]
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+        Args:
+            captured: What Dynamo captured.
+            names: See `rewriter.rewrite.Prepared`.
+            options: The user's wishes.
+        """
+        mode = fake_mode_of([example_of(node) for node in placeholders(captured.graph)])
+        derivative, form, joint = (unpack(graph, mode) for graph in self.graphs)
+        joint.meta["simplified"] = self.simplified
+        prepared = Prepared(
+            captured=captured,
+            names=names,
+            as_written=self.as_written,
+            flat=Flat(derivative, self.roles.n_outputs, self.roles.updated, self.promoted),
+            derivative=derivative,
+            roles=self.roles,
+            seeded=self.seeded,
+            stages=(),
+            detached=self.detached,
+            function=self.function,
+        )
+        return decide(prepared, options, form=Form(self.candidate, form, joint, *self.seconds))
 
 
 def find(data: bytes) -> bytes:
-    """Find the cheapest form of a derivative graph: the task of the other process.
+    """Rewrite what Dynamo captured in another process: the task of this one.
 
     Args:
-        data: The graph, packed; what its inputs and outputs are; the FLOPs as written.
+        data: The captured graph, packed; the settings and wishes there; the loss's name.
 
     Returns:
-        The form, packed; nothing if the loss as written is the cheapest.
+        What was `Found`.
+
+    Raises:
+        CannotPack: Only a changed copy of the captured graph can be rewritten.
     """
-    graph, roles, written = pickle.loads(data)
-    form = cheapest(unpack(graph), roles, written)
-    return b"" if form is None else _packed(form)
-
-
-def _packed(form: Form) -> bytes:
-    graphs = pack(form.module, MARKS), pack(form.joint, MARKS), form.joint.meta["simplified"]
-    return pickle.dumps((form.candidate, graphs, form.build_seconds, form.trace_seconds))
-
-
-def _unpacked(data: bytes, mode: FakeTensorMode) -> Form:
-    candidate, (module, joint, simplified), *seconds = pickle.loads(data)
-    joint = unpack(joint, mode)
-    joint.meta["simplified"] = simplified
-    return Form(candidate, unpack(module, mode), joint, *seconds)
+    graph, settings, options, function = pickle.loads(data)
+    Settings.applied(settings)
+    take_any_size()
+    nesting.mend_closing()
+    captured = unpack_captured(graph)
+    before = str(captured.graph)
+    prepared = prepare(captured, options, function)
+    if str(captured.graph) != before:
+        raise CannotPack("the captured graph was changed")
+    return pickle.dumps(Found.of(decide(prepared, options, recalls=True)))

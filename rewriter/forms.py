@@ -215,7 +215,7 @@ def as_written(
         found: Its nested derivatives.
         roles: What its inputs and outputs are.
     """
-    module = _written_out(captured, found)
+    module = written_out(captured, found)
 
     def compute(inputs: list[Any]) -> list[Any]:
         for i in roles.updated:
@@ -227,8 +227,9 @@ def as_written(
     return compute
 
 
-def _written_out(captured: GraphModule, found: Sequence[Site]) -> GraphModule:
-    """Return a copy that can be traced, its derivatives named as the sites that they are."""
+def written_out(captured: GraphModule, found: Sequence[Site] = ()) -> GraphModule:
+    """Return a copy that can be traced, its derivatives named as the sites that they are: those of
+    ``found``."""
     # PyTorch's own higher derivatives of norm layers are wrong; their formulas' are not.
     written_out = {**WRITTEN_OUT, torch._weight_norm: weight_norm}
     captured = copy_graph(captured)

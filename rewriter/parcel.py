@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx._graph_pickler import GraphPickler
 from torch.fx._graph_pickler import Options as PicklerOptions
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
-from passes.graph import copy_graph
+from passes.graph import copy_graph, placeholders
 from passes.tracing import fake_mode_of
+from rewriter.as_written import numbers_forgotten
+from rewriter.capture import example_of, set_requires_grad
+from rewriter.stateful import levels_restored
 
 # What the passes read of a node; the rest is PyTorch's, and does not all pickle.
 MARKS = ("val", "site", "whole", "draws", "custom", "stack_trace")
@@ -63,6 +66,44 @@ def unpack(data: bytes, mode: FakeTensorMode | None = None) -> GraphModule:
             node.target = functions.get((number, node.name), node.target)
         part.recompile()
     return module
+
+
+def pack_captured(captured: GraphModule) -> bytes:
+    """Return what Dynamo captured, as bytes; of the values that it saw only the inputs go along.
+
+    Raises:
+        CannotPack: The graph holds something that cannot go to another process.
+    """
+    module = copy_graph(captured)
+    inputs = {node: example_of(node) for node in placeholders(module.graph)}
+    for node, example in inputs.items():
+        node.meta["val"] = example.detach()
+    # The graph may switch it, for the example too: what counts is what it was before.
+    switches = module.graph.find_nodes(op="call_function", target=set_requires_grad)
+    before = {node.args[0]: not node.args[1] for node in reversed(switches)}
+    flags = [before.get(node, example.requires_grad) for node, example in inputs.items()]
+    return pickle.dumps((pack(module, ("val", "stack_trace")), flags))
+
+
+def unpack_captured(data: bytes) -> GraphModule:
+    """Return the graph that `pack_captured` was given, on fake tensors of a new mode."""
+    graph, flags = pickle.loads(data)
+    module = unpack(graph)
+    inputs = [node.meta.pop("val") for node in placeholders(module.graph)]
+    for x, flag in zip(inputs, flags, strict=True):
+        x.requires_grad_(flag)
+    mode = fake_mode_of(inputs)
+    with mode, numbers_forgotten(mode), levels_restored():
+        _Remembering(module, garbage_collect_values=False).run(*inputs)
+    return module
+
+
+class _Remembering(Interpreter):
+    """Give each node the value that Dynamo has given it."""
+
+    def run_node(self, n: Node) -> Any:
+        value = n.meta["example_value"] = super().run_node(n)
+        return value
 
 
 def _parts(module: GraphModule) -> list[GraphModule]:

@@ -35,7 +35,7 @@ from rewriter.errors import (
 from rewriter.options import Options, is_disabled
 from rewriter.snapshot import restored_on_error
 from rewriter.stateful import set_aside
-from rewriter.step import value_only
+from rewriter.step import CaptureAgain, explaining, value_only
 
 
 class LayersOf(Protocol):
@@ -76,8 +76,13 @@ class Specialising(ABC):
         self.layers = layers
         self.steps: list[Any] = []
         self._specialize_floats = self._by_pullbacks = False
+        self._may_wait = True
         self._refused: dict[Any, CaptureError] = {}
-        self._compiled = compile_function(function, self._built, options.dynamic)
+        # What calls go through while there is no specialisation yet.
+        self._new: Callable[[], Callable[..., Any]] = functools.partial(
+            compile_function, function, self._built, options.dynamic
+        )
+        self._compiled = self._new()
 
     @property
     def refusals(self) -> list[CaptureError]:
@@ -118,15 +123,27 @@ class Specialising(ABC):
                 return self._compiled(*args, **kwargs)
             except DYNAMO_ERRORS:
                 pass
+            except CaptureAgain:
+                self._begin_again()
         while True:
             try:
                 return self._capture(args, kwargs)
+            except CaptureAgain:
+                self._begin_again()
             except NeedsNumber:
                 if self._specialize_floats:
                     raise
                 self._specialize_floats = True
             except NeedsPullbacks:
                 self._by_pullbacks = True
+
+    def _begin_again(self) -> None:
+        """Drop all specialisations; where a search for a form has failed, those to come are built
+        before their first call."""
+        if not explaining.get():
+            self._may_wait = False
+        self.steps.clear()
+        self._compiled = self._new()
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
         trace = Trace(self._by_pullbacks)

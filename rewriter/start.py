@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch.fx import GraphModule
 
-from passes.graph import placeholders
+from passes.graph import placeholders, value_of
 from rewriter.background import queue
 from rewriter.codegen import (
     Compiled,
@@ -63,7 +63,8 @@ def code_for(
     def make(*, strict: bool) -> Compiled:
         return compile_graph(module, options.backend, options.mode, strict=strict, static=static)
 
-    if options.start == "tiered" and options.backend == "inductor" and has_compiler(module):
+    values = map(value_of, module.graph.nodes)
+    if options.start == "tiered" and options.backend == "inductor" and has_compiler(values):
         try:
             return Tiered(module, options, what, make, on_switch)
         except CannotPack as error:

@@ -30,7 +30,7 @@ from rewriter.gradients import (
 )
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
-from rewriter.rewrite import Prepared, Rewritten
+from rewriter.rewrite import Rewritten
 from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, levels_restored, unwrap_dead
 
@@ -55,6 +55,10 @@ class Explained(BaseException):
         self.rewritten, self.inputs = rewritten, inputs
 
 
+class CaptureAgain(Exception):
+    """A specialisation cannot be had as it was begun; nothing of this call has run."""
+
+
 class Step:
     """Compute the loss and its gradients for inputs that pass one set of guards.
 
@@ -64,9 +68,12 @@ class Step:
     """
 
     def __init__(self, rewritten: Rewritten, options: Options) -> None:
-        self.rewritten, roles = rewritten, rewritten.roles
-        self._begin(rewritten, options)
+        self.rewritten, self.options = rewritten, options
+        self.roles = roles = rewritten.roles
         self.is_random = any(is_random(node) for node in rewritten.joint.graph.nodes)
+        self.n_early = roles.n_outputs + len(roles.updated)
+        self.halves: Linearization | None = None
+        self._ownership = Ownership(roles.n_outputs, self.n_early)
         if rewritten.seeded and roles.differentiable:
             n_inputs = len(placeholders(rewritten.derivative.graph))
             late = placeholders(rewritten.joint.graph)[n_inputs:]
@@ -74,31 +81,20 @@ class Step:
             self._ownership = Ownership(roles.n_outputs, None)
         self._unchecked = options.check
         self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
-
-    def _begin(self, prepared: Prepared, options: Options) -> None:
-        """Take up what does not depend on the form."""
-        self.options, self.roles = options, prepared.roles
-        self.captured = prepared.captured
-        roles = prepared.roles
-        self.n_early = roles.n_outputs + len(roles.updated)
-        self.halves: Linearization | None = None
-        self._ownership = Ownership(roles.n_outputs, self.n_early)
-        inputs = placeholders(prepared.derivative.graph)
+        inputs = placeholders(rewritten.derivative.graph)
         tensors = [i for i, x in enumerate(inputs) if isinstance(value_of(x), Tensor)]
         # CUDA graphs return memory of their own.
         self._is_fixed = all(_is_fixed_on_cpu(value_of(x)) for x in inputs)
         self._is_settled = False
         self._is_wrapped: bool | None = None
-        captured = placeholders(prepared.captured.graph)
+        captured = placeholders(rewritten.captured.graph)
         self._parameters = [i for i, x in enumerate(captured) if is_parameter(x)]
-        self._hollow, self._promoted = prepared.as_written.hollow, prepared.flat.promoted
-        self._reached = prepared.as_written.reached
+        self._hollow, self._promoted = rewritten.as_written.hollow, rewritten.flat.promoted
         self.tensors, self._wanted = _picker(tensors), _picker(roles.wanted)
         self._forward: Compiled | None = None
         self._backward: Compiled | None = None
         self._value: Compiled | None = None
-        self._unchecked = self._unmeasured = False
-        self._warnings = list(prepared.detached)
+        self._warnings = list(rewritten.detached)
 
     def _compile(self, module: GraphModule, part: str, static: Sequence[int] = ()) -> Compiled:
         name = self.rewritten.function or "the loss"
@@ -220,7 +216,7 @@ class Step:
         given = [end for end in self.roles.differentiable if cotangents[end] is not None]
         if len(given) == len(self.roles.differentiable):
             return None
-        return {i for end in given for i in self._reached[end]}
+        return {i for end in given for i in self.rewritten.as_written.reached[end]}
 
 
 def _is_fixed_on_cpu(value: Any) -> bool:
@@ -299,7 +295,7 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
     for position in step.roles.updated:
         inputs[position] = inputs[position].detach().clone()
     with generators_restored(ctx.generator), levels_restored():
-        outputs = list(step.captured(*inputs))
+        outputs = list(step.rewritten.captured(*inputs))
     pairs = [
         (outputs[i], cotangents[i]) for i in step.roles.differentiable if cotangents[i] is not None
     ]

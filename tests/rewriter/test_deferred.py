@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import sympy
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from passes.graph import print_graph
-from passes.price import size_hints
-from rewriter import OptimizedLoss, optimize_nested, wait_until_compiled
+from rewriter import OptimizedLoss, deferred, optimize_nested, wait_until_compiled
 from rewriter.background import Job, Task
 from rewriter.background_worker import done
 from rewriter.codegen import compile_graph
-from rewriter.deferred import MOST_MATMULS, Deferred
+from rewriter.deferred import MOST_PRODUCTS, Deferred, products_in
+from rewriter.errors import NestedGradientWarning
+from rewriter.forms import AS_WRITTEN, Form
 from rewriter.options import Options
-from rewriter.rewrite import Prepared, Rewritten, rewrite
+from rewriter.rewrite import Prepared, Rewritten, prepare, rewrite
 from rewriter.start import waiting
 from rewriter.step import Step
 from tests.cases import mlp
@@ -51,6 +56,10 @@ class Background:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+
+    def fail(self) -> None:
+        """Be killed in the midst of it."""
+        self.jobs[-1].end("the compiling process ended, code -9")
 
     def submit(self, task: Task, data: bytes) -> Job:
         self.jobs.append(Job(task, data))
@@ -97,7 +106,7 @@ class Answered(Background):
     def submit(self, task: Task, data: bytes) -> Job:
         job = super().submit(task, data)
         job.end(*done(task, data))
-        assert not job.error
+        assert job.error.partition(":")[0] in ("", "CaptureError", "NeedsNumber")
         job.done = AfterOneCall()
         return job
 
@@ -230,29 +239,136 @@ def test_explaining_does_not_wait(background: Background) -> None:
     loss = optimize_nested(residual, start="tiered")
     loss(net, x)
     report = loss.explain(net, x)
-    assert report.sites[0].strategy == "taylor"
-    assert background.tasks == ["find", "fill_cache"] and loss.steps[0].tiers
+    assert report.sites[0].strategy == "taylor" and background.tasks == ["find"]
+    same_as_written(loss, net, x)
+    (step,) = loss.steps
+    assert isinstance(step, Step) and background.tasks == ["find", "fill_cache"]
+
+
+def test_stages_of_a_form_from_elsewhere(background: Background) -> None:
+    """They are made here."""
+    loss, net, x = found_elsewhere(background)
+    stages = loss.stages(net, x)
+    assert list(stages) == ["flatten", "share", "nest", "choose", "joint"]
+    torch.manual_seed(1)
+    value, *_ = stages["joint"](*loss.inputs_of(net, x))
+    torch.manual_seed(1)
+    torch.testing.assert_close(value, residual(net, x), rtol=1e-9, atol=1e-12)
 
 
 def test_search_that_fails_is_done_here(background: Background) -> None:
     net, x = example()
     loss = optimize_nested(residual, start="tiered")
     loss(net, x)
-    background.jobs[0].end("the compiling process ended, code -9")
-    with torch.inference_mode():
-        assert not wait_until_compiled(timeout=0) and background.tasks == ["find", "fill_cache"]
+    background.fail()
+    assert wait_until_compiled(timeout=0) and background.tasks == ["find"]
     same_as_written(loss, net, x)
-    assert {*loss.steps[0].rewritten.choice.taken.strategies.values()} == {"taylor"}
+    (step,) = loss.steps
+    assert isinstance(step, Step) and background.tasks == ["find", "fill_cache"]
+    assert {*step.rewritten.choice.taken.strategies.values()} == {"taylor"}
+
+
+def test_search_that_fails_without_gradients(background: Background) -> None:
+    net, x = example()
+    loss = optimize_nested(residual, start="tiered")
+    loss(net, x)
+    background.fail()
+    with torch.inference_mode():
+        loss(net, x)
+    assert isinstance(loss.steps[0], Step)
+
+
+def written_to(net: nn.Module, x: Tensor) -> Tensor:
+    """What cannot be rewritten: a write under `no_grad` to a tensor that requires grad."""
+    (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    with torch.no_grad():
+        g.mul_(2)
+    return g.square().sum() + residual(net, x)
+
+
+def test_loss_that_cannot_be_rewritten(background: Background) -> None:
+    """That is found out in the other process; then it is said, and done, here."""
+    net, x = example()
+    x.requires_grad_()
+    loss = optimize_nested(written_to, start="tiered")
+    same_as_written(loss, net, x)
+    background.search()
+    assert background.jobs[0].error.startswith("CaptureError: an in-place write under no_grad")
+    with pytest.warns(NestedGradientWarning, match="written_to runs as written: an in-place write"):
+        loss(net, x)
+    loss(net, x)
+    assert not loss.steps and len(loss.refusals) == 1
+
+
+def promoted(net: nn.Module, x: Tensor) -> Tensor:
+    """The input is used before it requires grad, and after."""
+    before = net(x).sum()
+    x.requires_grad_()
+    return residual(net, x) + before * net(x).sum() + gradient_of(net, x).square().sum()
+
+
+def gradient_of(net: nn.Module, x: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return g
+
+
+def test_input_that_is_made_to_require_grad(background: Background) -> None:
+    net, x = example()
+    loss, grads = optimize_nested(promoted, start="tiered"), []
+    for function in (loss, loss, promoted):
+        own = x.clone()
+        net.zero_grad()
+        torch.manual_seed(1)
+        value = function(net, own)
+        value.backward()
+        grads.append([value, own.grad, *(p.grad for p in net.parameters())])
+        if len(grads) == 1:
+            background.search()
+    assert loss.steps[0].tiers[0].startswith("promoted (joint graph): op by op")
+    for ours in grads[:2]:
+        torch.testing.assert_close(ours, grads[2], rtol=1e-9, atol=1e-12)
+
+
+def several(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    g = gradient_of(net, x)
+    return g.square().sum(1), residual(net, x)
+
+
+def test_losses_that_are_no_scalar(background: Background) -> None:
+    """Their joint graph takes cotangents."""
+    net, x = example()
+    x.requires_grad_()
+    loss, grads = optimize_nested(several, start="tiered"), []
+    for function in (loss, loss, several):
+        torch.manual_seed(1)
+        rows, total = function(net, x)
+        ends = (rows * torch.arange(5)).sum() + 3 * total
+        grads.append(torch.autograd.grad(ends, [x, *net.parameters()], allow_unused=True))
+        if len(grads) == 1:
+            background.search()
+    assert "forward graph" in loss.steps[0].tiers[0]
+    for ours in grads[:2]:
+        torch.testing.assert_close(ours, grads[2], rtol=1e-9, atol=1e-12)
 
 
 def test_loss_that_is_cheapest_as_written(
     background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rewriter.deferred.cheapest", lambda *_: None)
+    def without_price(*args: Any) -> Prepared:
+        prepared = prepare(*args)
+        as_written = replace(prepared.as_written, flops=sympy.Integer(0))
+        return replace(prepared, as_written=as_written)
+
+    def dear(form: Form) -> bool:
+        return AS_WRITTEN not in form.candidate.strategies.values()
+
+    monkeypatch.setattr(deferred, "prepare", without_price)
+    monkeypatch.setattr("rewriter.choose.preference", dear)
     net, x = example()
     loss = optimize_nested(residual, start="tiered")
     loss(net, x)
     background.search()
+    assert not background.jobs[0].error
     same_as_written(loss, net, x)
     assert {*loss.steps[0].rewritten.choice.taken.strategies.values()} == {"as written"}
 
@@ -272,13 +388,43 @@ def test_what_the_user_asks_for_is_done_at_once(
 def test_rules_of_the_user_are_not_known_there(
     background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of other operators do not count."""
+    monkeypatch.setattr(deferred, "CUSTOM", {torch.ops.aten.erf.default: None})
+    optimize_nested(residual, start="tiered")(*example())
+    assert background.tasks == ["fill_cache"]
+
+
+def test_autocast_is_not_known_there(background: Background) -> None:
     net, x = example()
-    other, used = torch.ops.aten.erf.default, torch.ops.aten.tanh.default
-    for operator, task in [(other, "find"), (used, "fill_cache")]:
-        monkeypatch.setattr("rewriter.deferred.CUSTOM", {operator: None})
-        optimize_nested(residual, start="tiered")(net, x)
-        assert background.tasks[-1] == task
+    with torch.autocast("cpu", torch.bfloat16):
+        optimize_nested(residual, start="tiered")(net.float(), x.float())
+    assert "find" not in background.tasks
+
+
+def test_default_dtype_is_known_there(background: Background) -> None:
+    """The process that searches has begun with another one."""
+    net, x = example()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = optimize_nested(residual, start="tiered")
+        loss(net, x)
+        torch.set_default_dtype(torch.float32)
+        background.search()
+        assert torch.get_default_dtype() is torch.float64
+        same_as_written(loss, net, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def checkpointed(net: nn.Module, x: Tensor) -> Tensor:
+    value = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+    (g,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    return g.square().sum() + residual(net, x)
+
+
+def test_graphs_inside_of_graphs_are_rewritten_at_once(background: Background) -> None:
+    net, x = example()
+    optimize_nested(checkpointed, start="tiered")(net, x.requires_grad_())
+    assert background.tasks == ["fill_cache"]
 
 
 def test_small_losses_are_rewritten_at_once(background: Background) -> None:
@@ -286,16 +432,57 @@ def test_small_losses_are_rewritten_at_once(background: Background) -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     loss = optimize_nested(first_only, start="tiered")
     loss(net, x)
-    assert loss.steps[0].rewritten.as_written.matmuls <= MOST_MATMULS
-    assert isinstance(loss.steps[0], Step) and background.tasks == ["fill_cache"]
+    (step,) = loss.steps
+    assert 0 < products_in(step.rewritten.captured) <= MOST_PRODUCTS
+    assert isinstance(step, Step) and background.tasks == ["fill_cache"]
 
 
-def test_choice_is_kept(background: Background) -> None:
-    """The next process need not search."""
+def test_products_are_counted(background: Background) -> None:
+    """Not fewer than there are, for each of the ways to write a derivative."""
+    net, x = example()
+
+    def hessian(net: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.hessian(lambda v: net(v).sum()))(x).square().sum()
+
+    for function in (residual, hessian):
+        found = rewritten_here(function, net, x)
+        assert products_in(found.captured) >= found.as_written.matmuls > 0
+    assert products_in(rewritten_here(lambda net, x: net(x).sum(), net, x).captured) == 0
+
+
+def rewritten_here(function: Any, net: nn.Module, x: Tensor) -> Rewritten:
+    loss = optimize_nested(function, backend="eager")
+    loss(net, x)
+    return loss.steps[0].rewritten
+
+
+def test_choice_is_kept(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next search takes it."""
     _, net, x = found_elsewhere(background)
+    monkeypatch.setattr("rewriter.choose._searched", None)
+    background.jobs.clear()
     again = optimize_nested(residual, start="tiered")
     same_as_written(again, net, x)
-    assert isinstance(again.steps[0], Step) and again.steps[0].rewritten.choice.is_recalled
+    background.search()
+    assert not background.jobs[0].error
+    same_as_written(again, net, x)
+    assert {*again.steps[0].rewritten.choice.taken.strategies.values()} == {"taylor"}
+
+
+def third_order(net: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of this one takes a third derivative of LayerNorm."""
+    x = g = x.detach().requires_grad_()
+    for _ in range(2):
+        (g,) = torch.autograd.grad(net(x).sum() + g.square().sum(), x, create_graph=True)
+    return g.square().sum()
+
+
+def test_steps_as_written_are_right_where_pytorch_is_not(background: Background) -> None:
+    net, x = example()
+    net = nn.Sequential(nn.LayerNorm(6, dtype=torch.float64), net)
+    first = outcome(optimize_nested(third_order, start="tiered"), [net], (x,), {})
+    assert background.tasks == ["find"]
+    assert_same(first, outcome(optimize_nested(third_order, backend="eager"), [net], (x,), {}))
 
 
 @pytest.mark.parametrize(
@@ -307,9 +494,8 @@ def test_random_programs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step as written, one in a form that has come from elsewhere."""
     answered, tally = Answered(), Tally(family)
 
-    def can_be(prepared: Prepared, options: Options) -> bool:
-        is_late = prepared.seeded and prepared.roles.differentiable
-        return bool(prepared.sites) and not (size_hints(prepared.derivative) or is_late)
+    def can_be(captured: GraphModule, options: Options) -> bool:
+        return products_in(captured) > 0 and all(map(deferred._is_plain, captured.graph.nodes))
 
     monkeypatch.setattr("rewriter.deferred.queue", answered)
     monkeypatch.setattr("rewriter.deferred._takes_long", can_be)

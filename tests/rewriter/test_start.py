@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-import rewriter.api
+import rewriter.deferred
 import rewriter.start
 from rewriter import (
     NestedGradientWarning,
@@ -67,7 +67,7 @@ class Background:
 def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
     made = Background()
     monkeypatch.setattr("rewriter.start.queue", made)
-    monkeypatch.setattr("rewriter.deferred.MOST_MATMULS", 1000)  # what is above is found elsewhere
+    monkeypatch.setattr("rewriter.deferred.MOST_PRODUCTS", 1000)  # what is above is found elsewhere
     monkeypatch.setattr("rewriter.start.compile_graph", made.compile_graph)
     yield made
     rewriter.start.waiting.clear()
@@ -298,9 +298,10 @@ class TestToolchain:
         def compiled(module: Any, *_: Any, **__: Any) -> Any:
             return compile_graph(module, "eager", "default", strict=True)
 
-        begin, prepare = rewriter.start.get_toolchain_ready, rewriter.api.prepare
+        begin, prepare = rewriter.start.get_toolchain_ready, rewriter.deferred.prepare
+        monkeypatch.setattr("rewriter.deferred.MOST_PRODUCTS", 1000)
         monkeypatch.setattr(rewriter.start, "get_toolchain_ready", noting("toolchain", begin))
-        monkeypatch.setattr(rewriter.api, "prepare", noting("rewritten", prepare))
+        monkeypatch.setattr(rewriter.deferred, "prepare", noting("rewritten", prepare))
         monkeypatch.setattr(rewriter.start, "compile_graph", noting("compiled", compiled))
         monkeypatch.setattr(rewriter.start.queue, "submit", Job)
         loss = optimize_nested(penalty, **options)
