@@ -52,10 +52,13 @@ class OptimizedLoss(Specialising):
             self._new = functools.partial(Recorder, function, self._built, **how)
             self._compiled = self._new()
 
+    def _capture(self, args: Any, kwargs: Any) -> Any:
+        if not explaining.get():
+            get_ready(named_tensors(self.as_written, args, kwargs).values(), self.options)
+        return super()._capture(args, kwargs)
+
     def _build(self, captured: GraphModule) -> Step | Deferred:
         is_told = bool(wanted()) or is_asked_for()
-        if not explaining.get():
-            get_ready(captured, self.options)
         with shown(f"rewriting {self.name}"):
             if not (is_told or explaining.get()):
                 return step_for(captured, self.options, self.name, may_wait=self._may_wait)

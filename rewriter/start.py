@@ -7,12 +7,13 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.graph import placeholders, value_of
+from passes.graph import value_of
 from rewriter.background import queue
 from rewriter.codegen import (
     Compiled,
@@ -30,16 +31,14 @@ from rewriter.progress import shown
 from rewriter.stateful import set_aside
 
 
-def get_ready(module: GraphModule, options: Options) -> None:
+def get_ready(tensors: Iterable[Tensor], options: Options) -> None:
     """Begin what compiled code needs besides a graph, before the graph is there.
 
     Args:
-        module: What Dynamo has captured.
+        tensors: What a loss is about to be captured for.
         options: ``backend`` and ``start`` count.
     """
-    is_compiled = options.backend == "inductor" and options.start == "compiled"
-    examples = (node.meta["example_value"] for node in placeholders(module.graph))
-    if is_compiled and is_for_cpp(examples):
+    if options.backend == "inductor" and options.start == "compiled" and is_for_cpp(tensors):
         get_toolchain_ready()
 
 
