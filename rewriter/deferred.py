@@ -80,6 +80,7 @@ def _takes_long(captured: GraphModule, options: Options) -> bool:
     """Whether another process is asked, and can be: it knows sizes that are numbers, no rules and
     no surroundings of the user's own."""
     is_asked = options.strategy != "auto" or options.is_measured
+    examples = [example_of(node) for node in placeholders(captured.graph)]
     return (
         options.start == "tiered"
         and _recalls(options)
@@ -87,9 +88,9 @@ def _takes_long(captured: GraphModule, options: Options) -> bool:
         and products_in(captured) > MOST_PRODUCTS
         and all(map(_is_plain, captured.graph.nodes))
         and not CUSTOM
-        and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+        and not any(torch.is_autocast_enabled(x.device.type) for x in examples)
         and torch.get_default_device().type == "cpu"
-        and has_compiler(map(example_of, placeholders(captured.graph)))
+        and has_compiler(examples)
     )
 
 
@@ -98,8 +99,7 @@ def _is_plain(node: Node) -> bool:
     if node.op == "placeholder":
         example = example_of(node)
         return isinstance(example, Tensor) and all(type(n) is int for n in example.shape)
-    is_body = node.op in ("get_attr", "call_module")
-    return not is_body and node.target != "item"
+    return node.op not in ("get_attr", "call_module") and node.target != "item"
 
 
 def products_in(captured: GraphModule) -> int:
@@ -186,13 +186,19 @@ class Deferred:
         with self._switching:
             if not self._is_searching:
                 return
-            if self._job.done.is_set() and not self._job.error:
-                with gradients_on(), set_aside():
-                    found: Found = pickle.loads(self._job.answer)
-                    rewritten = found.rewritten(self._captured, self._names, self._options)
-                    self._step = Step(rewritten, self._options).prepare()
-            self._is_searching = False
-            waiting.discard(self)
+            try:
+                if self._job.done.is_set() and not self._job.error:
+                    with gradients_on(), set_aside():
+                        self._step = self._found()
+            finally:
+                self._is_searching = False
+                waiting.discard(self)
+
+    def _found(self) -> Step:
+        """Return the step in the form that was found."""
+        found: Found = pickle.loads(self._job.answer)
+        rewritten = found.rewritten(self._captured, self._names, self._options)
+        return Step(rewritten, self._options).prepare()
 
 
 @dataclass(frozen=True)
