@@ -47,7 +47,7 @@ class Job:
     def __init__(self, task: Task, data: bytes) -> None:
         self.task, self.data, self.done = task, data, threading.Event()
         self.answer, self.error, self.seconds = b"", "", 0.0
-        self.start = time.perf_counter()
+        self.start = time.perf_counter()  # of the wait for its turn
 
     def end(self, error: str, answer: bytes = b"") -> None:
         """Be done."""
@@ -119,16 +119,15 @@ class Queue:
         self._thread: threading.Thread | None = None
         self._worker: _Worker | None = None
 
-    def submit(self, task: Task, data: bytes) -> Job:
-        """Begin a task."""
-        job = Job(task, data)
+    def submit(self, job: Job) -> None:
+        """Let a job be done."""
+        job.start = time.perf_counter()
         with self._more:
             self._waiting.append(job)
             self._more.notify()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=WORKER, daemon=True)
                 self._thread.start()
-        return job
 
     def _next(self) -> Job | None:
         with self._more:

@@ -50,6 +50,7 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from passes.convolutions import take_any_size
 from passes.graph import where
@@ -345,6 +346,23 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before) if own else delattr(owner, name)
+
+
+@contextlib.contextmanager
+def guards_unmoved() -> Iterator[None]:
+    """Leave pytree's table of types alone in the block, where nothing is added for good.
+
+    What was captured through pytree, as transforms are, holds only until somebody writes to the
+    table; PyTorch's pickler registers a type with it for as long as it runs.
+    """
+    table = pytree.SUPPORTED_NODES
+    own = dict(table)
+    try:
+        with replaced(pytree, "SUPPORTED_NODES", own):
+            yield
+    finally:
+        if new := {kind: node for kind, node in own.items() if kind not in table}:
+            table.update(new)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from passes.graph import copy_graph, hint, is_random, placeholders, value_of
 from passes.price import evaluated, size_hints
 from passes.tracing import fake_mode_of
 from passes.versions import IS_BEFORE_2_13
-from rewriter.capture import replaced
+from rewriter.capture import guards_unmoved, replaced
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.parcel import CannotPack, pack, unpack
 
@@ -99,6 +99,7 @@ def compile_graph(
         torch.no_grad(),
         torch._C._DisableAutocast(),  # casts are in the graph already
         _floats_left_alone(),
+        guards_unmoved(),
     ):
         try:
             compiled: Any = compile_fx(module, examples, inner, config_patches=settings)

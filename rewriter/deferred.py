@@ -28,15 +28,16 @@ from passes.joint import Roles
 from passes.tracing import fake_mode_of, without_fused_kernels
 from rewriter import nesting
 from rewriter.as_written import AsWritten
-from rewriter.background import queue
+from rewriter.background import Job, queue
 from rewriter.capture import DERIVATIVES, example_of, source_name
+from rewriter.choose import sole_choice
 from rewriter.codegen import Settings, has_compiler, keeps_code
 from rewriter.flatten import Flat
 from rewriter.forms import Candidate, Form, written_out
 from rewriter.options import Options
 from rewriter.parcel import MARKS, CannotPack, pack, pack_captured, unpack, unpack_captured
 from rewriter.recurrent import KINDS
-from rewriter.rewrite import Prepared, Rewritten, decide, prepare
+from rewriter.rewrite import Rewritten, decide, prepare
 from rewriter.specialising import gradients_on
 from rewriter.start import waiting
 from rewriter.stateful import levels_restored, set_aside
@@ -142,8 +143,7 @@ class Deferred:
         self._calls, self._is_searching = 0, True
         self._switching = threading.Lock()
         asked = pack_captured(captured), Settings.packed(options.mode), options, function
-        self._job = queue.submit(find, pickle.dumps(asked))
-        waiting.add(self)
+        self._job = Job(find, pickle.dumps(asked))
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._is_searching:
@@ -155,9 +155,12 @@ class Deferred:
         return self._step(*inputs)
 
     def _as_written(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        self._calls += 1
         with torch.enable_grad(), without_fused_kernels(), levels_restored():
             outputs = self._written(*inputs)
+        self._calls += 1
+        if self._calls == 1:  # the first step has the cores to itself
+            queue.submit(self._job)
+            waiting.add(self)
         if value_only.get():
             return tree_map_only(Tensor, torch.detach, outputs)
         return outputs
@@ -197,8 +200,7 @@ class Deferred:
     def _found(self) -> Step:
         """Return the step in the form that was found."""
         found: Found = pickle.loads(self._job.answer)
-        rewritten = found.rewritten(self._captured, self._names, self._options)
-        return Step(rewritten, self._options).prepare()
+        return Step(found.rewritten(self._captured, self._names), self._options).prepare()
 
 
 @dataclass(frozen=True)
@@ -237,20 +239,17 @@ class Found:
             seconds=(choice.build_seconds, choice.trace_seconds),
         )
 
-    def rewritten(
-        self, captured: GraphModule, names: tuple[str, ...], options: Options
-    ) -> Rewritten:
+    def rewritten(self, captured: GraphModule, names: tuple[str, ...]) -> Rewritten:
         """Return the specialisation, without its stages.
 
         Args:
             captured: What Dynamo captured.
-            names: See `rewriter.rewrite.Prepared`.
-            options: The user's wishes.
+            names: What its inputs are, see `rewriter.rewrite.Prepared`.
         """
         mode = fake_mode_of([example_of(node) for node in placeholders(captured.graph)])
         derivative, form, joint = (unpack(graph, mode) for graph in self.graphs)
         joint.meta["simplified"] = self.simplified
-        prepared = Prepared(
+        return Rewritten(
             captured=captured,
             names=names,
             as_written=self.as_written,
@@ -261,8 +260,8 @@ class Found:
             stages=(),
             detached=self.detached,
             function=self.function,
+            choice=sole_choice(Form(self.candidate, form, joint, *self.seconds)),
         )
-        return decide(prepared, options, form=Form(self.candidate, form, joint, *self.seconds))
 
 
 def find(data: bytes) -> bytes:

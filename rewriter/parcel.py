@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from passes.graph import copy_graph, placeholders
 from passes.tracing import fake_mode_of
 from rewriter.as_written import numbers_forgotten
-from rewriter.capture import example_of, set_requires_grad
+from rewriter.capture import example_of, guards_unmoved, set_requires_grad
 from rewriter.stateful import levels_restored
 
 # What the passes read of a node; the rest is PyTorch's, and does not all pickle.
@@ -50,7 +50,8 @@ def pack(module: GraphModule, marks: Collection[str] = ("val",)) -> bytes:
             if isinstance(node.target, types.FunctionType):
                 functions[number, node.name], node.target = node.target, _STAND_IN
     try:
-        graph = GraphPickler.dumps(module, PicklerOptions(ops_filter=None))
+        with guards_unmoved():
+            graph = GraphPickler.dumps(module, PicklerOptions(ops_filter=None))
         return pickle.dumps((graph, functions))
     except Exception as error:
         raise CannotPack(f"the graph cannot be pickled: {type(error).__name__}: {error}") from error
@@ -60,7 +61,8 @@ def unpack(data: bytes, mode: FakeTensorMode | None = None) -> GraphModule:
     """Return the graph that `pack` was given, on fake tensors of this mode or a new one."""
     mode = mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph, functions = pickle.loads(data)
-    module: Any = GraphPickler.loads(graph, mode)
+    with guards_unmoved():
+        module: Any = GraphPickler.loads(graph, mode)
     for number, part in enumerate(_parts(module)):
         for node in part.graph.nodes:
             node.target = functions.get((number, node.name), node.target)

@@ -29,11 +29,10 @@ from passes.share import share
 from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
 from rewriter.capture import keep_numbers, marked_sizes, source_name
-from rewriter.choose import Choice, choose, sole_choice
+from rewriter.choose import Choice, choose
 from rewriter.detached import detached_derivatives
 from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
-from rewriter.forms import Form
 from rewriter.options import Options
 from rewriter.twice import write_out
 from rewriter.widths import fix_widths
@@ -215,9 +214,7 @@ def _nested(module: GraphModule, as_written: AsWritten) -> int:
     return changes if as_written.differentiable else changes + drop_stops(module)
 
 
-def decide(
-    prepared: Prepared, options: Options, *, recalls: bool = False, form: Form | None = None
-) -> Rewritten:
+def decide(prepared: Prepared, options: Options, *, recalls: bool = False) -> Rewritten:
     """Run the rest of the pipeline.
 
     Args:
@@ -225,21 +222,17 @@ def decide(
         options: The user's wishes.
         recalls: Whether what an earlier process chose will do, see `rewriter.recall`: a report has
             all candidates.
-        form: The form to take; without, one is chosen.
     """
-    if form is not None:
-        choice = sole_choice(form)
-    else:
-        choice = choose(
-            prepared.derivative,
-            prepared.roles,
-            prepared.seeded,
-            prepared.captured,
-            prepared.as_written,
-            prepared.flat.promoted,
-            options,
-            recalls=recalls,
-        )
+    choice = choose(
+        prepared.derivative,
+        prepared.roles,
+        prepared.seeded,
+        prepared.captured,
+        prepared.as_written,
+        prepared.flat.promoted,
+        options,
+        recalls=recalls,
+    )
     stages, simplified = list(prepared.stages), choice.joint.meta["simplified"]
     _staged(stages, "choose", lambda: (choice.form, len(choice.rewritten)), choice.build_seconds)
     _staged(stages, "joint", lambda: (choice.joint, simplified), choice.trace_seconds)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from passes.graph import value_of
-from rewriter.background import queue
+from rewriter.background import Job, queue
 from rewriter.codegen import (
     Compiled,
     compile_graph,
@@ -109,7 +109,8 @@ class Tiered:
         self._seconds = 0.0
         self._error = ""
         self._switching = threading.Lock()
-        self._job = queue.submit(fill_cache, packed(module, options.mode))
+        self._job = Job(fill_cache, packed(module, options.mode))
+        queue.submit(self._job)
         waiting.add(self)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:

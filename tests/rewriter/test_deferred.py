@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,9 @@ from torch.fx import GraphModule
 
 from passes.graph import print_graph
 from rewriter import OptimizedLoss, deferred, optimize_nested, wait_until_compiled
-from rewriter.background import Job, Task
+from rewriter.background import Job
 from rewriter.background_worker import done
+from rewriter.capture import guards_unmoved
 from rewriter.codegen import compile_graph
 from rewriter.deferred import MOST_PRODUCTS, Deferred, products_in
 from rewriter.errors import NestedGradientWarning
@@ -61,9 +61,8 @@ class Background:
         """Be killed in the midst of it."""
         self.jobs[-1].end("the compiling process ended, code -9")
 
-    def submit(self, task: Task, data: bytes) -> Job:
-        self.jobs.append(Job(task, data))
-        return self.jobs[-1]
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
 
     @property
     def tasks(self) -> list[str]:
@@ -90,25 +89,13 @@ def background(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Backg
     waiting.clear()
 
 
-class AfterOneCall(threading.Event):
-    """What is done by the second time that it is asked for."""
-
-    asked = 0
-
-    def is_set(self) -> bool:
-        self.asked += 1
-        return self.asked > 1
-
-
 class Answered(Background):
-    """The other process's answer is there after one call."""
+    """The other process's answer is there at once, for the second call."""
 
-    def submit(self, task: Task, data: bytes) -> Job:
-        job = super().submit(task, data)
-        job.end(*done(task, data))
+    def submit(self, job: Job) -> None:
+        super().submit(job)
+        job.end(*done(job.task, job.data))
         assert job.error.partition(":")[0] in ("", "CaptureError", "NeedsNumber")
-        job.done = AfterOneCall()
-        return job
 
 
 def example(dim: int = 6) -> tuple[nn.Module, Tensor]:
@@ -475,6 +462,46 @@ def third_order(net: nn.Module, x: Tensor) -> Tensor:
     for _ in range(2):
         (g,) = torch.autograd.grad(net(x).sum() + g.square().sum(), x, create_graph=True)
     return g.square().sum()
+
+
+def hessian_norm(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.hessian(lambda v: net(v).sum()))(x).square().sum()
+
+
+def test_captured_once(background: Background) -> None:
+    """Dynamo's guards hold through the search, the switch and the compilation."""
+    net, x = example()
+    loss = optimize_nested(hessian_norm, start="tiered")
+    same_as_written(loss, net, x)
+    background.search()
+    for _ in range(2):
+        same_as_written(loss, net, x)
+    background.jobs[-1].end("")
+    assert wait_until_compiled(timeout=0)
+    same_as_written(loss, net, x)
+    with torch.no_grad():
+        loss(net, x)
+    same_as_written(loss, net, x)
+    assert len(loss.steps) == 1 and loss.steps[0].tiers[0].split(", ")[0].endswith("compiled")
+
+
+class Registered:
+    """A type that pytree gets to know."""
+
+
+def test_types_that_are_registered_for_good() -> None:
+    pytree: Any = torch.utils._pytree
+    table, before = pytree.SUPPORTED_NODES, set(pytree.SUPPORTED_NODES)
+    try:
+        with guards_unmoved():
+            pytree._private_register_pytree_node(
+                Registered, lambda x: ([], None), lambda *_: None, serialized_type_name="Registered"
+            )
+            pytree._private_register_pytree_node(slice, lambda x: ([], None), lambda *_: None)
+            pytree._deregister_pytree_node(slice)
+        assert pytree.SUPPORTED_NODES is table and set(table) == before | {Registered}
+    finally:
+        pytree._deregister_pytree_node(Registered)
 
 
 def test_steps_as_written_are_right_where_pytorch_is_not(background: Background) -> None:

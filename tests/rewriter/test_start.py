@@ -24,7 +24,7 @@ from rewriter import (
     optimize_nested,
     wait_until_compiled,
 )
-from rewriter.background import Job, Queue, Task
+from rewriter.background import Job, Queue
 from rewriter.codegen import compile_graph
 from tests.cases import mlp
 from tests.oracle import assert_same, outcome
@@ -54,9 +54,8 @@ class Background:
         self.jobs: list[Job] = []
         self.compiled = 0
 
-    def submit(self, task: Task, data: bytes) -> Job:
-        self.jobs.append(Job(task, data))
-        return self.jobs[-1]
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
 
     def compile_graph(self, module: Any, backend: str, mode: str, *, strict: bool, **_: Any) -> Any:
         self.compiled += backend == "inductor"
@@ -225,7 +224,8 @@ def test_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last words are the reason; the next job has a new process."""
     monkeypatch.setattr("rewriter.background.WORKER", "no_such_module")
     jobs = Queue()
-    for job in [jobs.submit(bytes, b""), jobs.submit(bytes, b"")]:
+    for job in [Job(bytes, b""), Job(bytes, b"")]:
+        jobs.submit(job)
         assert job.done.wait(60)
         assert "process ended" in job.error and "no_such_module" in job.error
 
@@ -236,7 +236,8 @@ def test_interpreter_exit_does_not_wait(tmp_path: Path) -> None:
     script.write_text(
         "import time, rewriter.background as background\n"
         "background.WORKER = 'sleeper'\n"
-        "job = background.queue.submit(bytes, b'')\n"
+        "job = background.Job(bytes, b'')\n"
+        "background.queue.submit(job)\n"
         "while background.queue._worker is None: time.sleep(0.01)\n"
         "time.sleep(0.2)\n"
         "print(background.queue._worker._process.pid, job.done.is_set())\n"
@@ -303,7 +304,7 @@ class TestToolchain:
         monkeypatch.setattr(rewriter.start, "get_toolchain_ready", noting("toolchain", begin))
         monkeypatch.setattr(rewriter.deferred, "prepare", noting("rewritten", prepare))
         monkeypatch.setattr(rewriter.start, "compile_graph", noting("compiled", compiled))
-        monkeypatch.setattr(rewriter.start.queue, "submit", Job)
+        monkeypatch.setattr(rewriter.start.queue, "submit", lambda job: None)
         loss = optimize_nested(penalty, **options)
         loss(*example()).backward()
         assert seen == events
