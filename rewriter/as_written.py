@@ -12,8 +12,9 @@ import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from passes.convolutions import any_size_differentiable
 from passes.graph import placeholders
 from passes.live import LiveBytes
 from passes.price import FlopCounter
@@ -29,8 +30,6 @@ class AsWritten:
     Attributes:
         flops: Matmul and convolution FLOPs of loss and gradients, in the symbolic sizes.
         matmuls: How many matrix products and convolutions that is.
-        bytes_kept: The most bytes of computed values that eager has alive at once, at the sizes at
-            hand; inputs do not count.
         wanted: Positions of the inputs that require grad.
         reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the
             others ``.grad`` stays None.
@@ -38,7 +37,6 @@ class AsWritten:
 
     flops: sympy.Expr
     matmuls: int
-    bytes_kept: int
     wanted: tuple[int, ...]
     reached: dict[int, frozenset[int]]
 
@@ -95,16 +93,10 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
         captured: What Dynamo captured.
         promoted: Inputs that the loss itself makes require grad.
     """
-    nodes = placeholders(captured.graph)
-    examples = [example_of(node) for node in nodes]
-    wanted = tuple(
-        i
-        for i, example in enumerate(examples)
-        if isinstance(example, Tensor) and _is_wanted(nodes[i], i in promoted)
-    )
+    examples, wanted = _examples(captured, promoted)
     start = [i for i in wanted if i not in promoted]
     mode = fake_mode_of(examples)
-    with mode, numbers_forgotten(mode), LiveBytes() as live, FlopCounter() as counter:
+    with mode, numbers_forgotten(mode), FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
     leaves = [own[i] for i in wanted]
     ends = [i for i, u in enumerate(outputs) if isinstance(u, Tensor) and u.requires_grad]
@@ -114,14 +106,40 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
             for end in ends:
                 grads = gradients_of([outputs[end]], leaves, retain_graph=True)
                 reached[end] = _there(wanted, grads)
-    with mode, numbers_forgotten(mode), live, counter:
+    with mode, numbers_forgotten(mode), counter:
         # Counted once, all outputs together, as one backward pass would.
         grads = gradients_of(outputs, leaves)
     if len(ends) == 1:
         reached[ends[0]] = _there(wanted, grads)
+    return AsWritten(counter.total, counter.calls, wanted, reached)
+
+
+def bytes_kept(captured: GraphModule, promoted: Sequence[int]) -> int:
+    """Return the most bytes of computed values that eager has alive at once in one step of the loss
+    as written, at the sizes at hand; inputs do not count.
+
+    Args:
+        captured: What Dynamo captured.
+        promoted: Inputs that the loss itself makes require grad.
+    """
+    examples, wanted = _examples(captured, promoted)
+    start = [i for i in wanted if i not in promoted]
+    mode = fake_mode_of(examples)
+    with mode, numbers_forgotten(mode), any_size_differentiable(), LiveBytes() as live:
+        outputs, own = run_as_written(captured, examples, start)
+        gradients_of(outputs, [own[i] for i in wanted])
     # The leaves are copies of the inputs, alive all the time.
-    copied = sum(live.bytes_of(x) for x in own if isinstance(x, Tensor))
-    return AsWritten(counter.total, counter.calls, live.most - copied, wanted, reached)
+    return live.most - sum(live.bytes_of(x) for x in own if isinstance(x, Tensor))
+
+
+def _examples(captured: GraphModule, promoted: Sequence[int]) -> tuple[list[Any], tuple[int, ...]]:
+    """Return fake inputs, and the positions of those that require grad."""
+    examples = [example_of(node) for node in placeholders(captured.graph)]
+    return examples, tuple(
+        i
+        for i, example in enumerate(examples)
+        if isinstance(example, Tensor) and (i in promoted or example.requires_grad)
+    )
 
 
 def _there(wanted: Sequence[int], grads: Sequence[Tensor | None]) -> frozenset[int]:
@@ -137,8 +155,3 @@ def numbers_forgotten(mode: FakeTensorMode) -> Iterator[None]:
         return
     with mode.shape_env.ignore_fresh_unbacked_symbols(), mode.shape_env.suppress_guards():
         yield
-
-
-def _is_wanted(node: Node, promoted: bool) -> bool:
-    example = example_of(node)
-    return promoted or example.requires_grad

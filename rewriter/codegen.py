@@ -356,8 +356,11 @@ class Settings:
 
     def _apply(self) -> None:
         matmul: Any = torch.backends.cuda.matmul
-        inductor_config.load_config(self.inductor)
-        functorch_config.load_config(self.functorch)
+        with warnings.catch_warnings():
+            # Among all settings are those that will be removed.
+            warnings.simplefilter("ignore", FutureWarning)
+            inductor_config.load_config(self.inductor)
+            functorch_config.load_config(self.functorch)
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
         on, warn_only = self.deterministic

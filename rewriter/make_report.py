@@ -12,6 +12,7 @@ from passes.nest import Site
 from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
 from passes.strategies import CONTRACTION, NAMES
+from rewriter.as_written import bytes_kept
 from rewriter.choose import Choice
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate
 from rewriter.report import Considered, Report, SiteReport
@@ -53,7 +54,7 @@ def make_report(
         bytes_moved=taken.bytes_moved,
         kernels=taken.kernels,
         bytes_kept=taken.bytes_kept,
-        bytes_kept_as_written=rewritten.as_written.bytes_kept,
+        bytes_kept_as_written=bytes_kept(rewritten.captured, rewritten.flat.promoted),
         matmuls=count_matmuls(rewritten.joint),
         matmuls_as_written=rewritten.as_written.matmuls,
         graph=rewritten.joint,
