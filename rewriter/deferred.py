@@ -42,6 +42,7 @@ from rewriter.specialising import gradients_on
 from rewriter.start import waiting
 from rewriter.stateful import levels_restored, set_aside
 from rewriter.step import CaptureAgain, Step, explaining, value_only
+from rewriter.twice import is_differentiable_once
 
 # Of loss and gradients as written, as far as the captured graph tells; to find a form for more may
 # take more than a second.
@@ -50,7 +51,6 @@ _PRODUCTS = {
     "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "mv", "tensordot",
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "scaled_dot_product_attention", "__matmul__", "__rmatmul__",
-    *(kind.__name__ for kind in KINDS),
 }  # fmt: skip
 
 
@@ -96,11 +96,14 @@ def _takes_long(captured: GraphModule, options: Options) -> bool:
 
 
 def _is_plain(node: Node) -> bool:
-    """Whether a node means the same in another process."""
+    """Whether a node can be run as written, derivatives too, and means the same in another
+    process."""
     if node.op == "placeholder":
         example = example_of(node)
         return isinstance(example, Tensor) and all(type(n) is int for n in example.shape)
-    return node.op not in ("get_attr", "call_module") and node.target != "item"
+    if node.op in ("get_attr", "call_module") or node.target == "item":
+        return False
+    return node.target not in KINDS and not is_differentiable_once(node)  # cuDNN's neither
 
 
 def products_in(captured: GraphModule) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 def write_out(captured: GraphModule) -> int:
@@ -21,11 +21,16 @@ def write_out(captured: GraphModule) -> int:
     how many there were."""
     changes = 0
     for node in captured.graph.nodes:
-        if node.op == "call_function" and node.target in _WRITTEN_OUT:
+        if is_differentiable_once(node):
             node.target = _WRITTEN_OUT[node.target]
             changes += 1
     captured.recompile()
     return changes
+
+
+def is_differentiable_once(node: Node) -> bool:
+    """Whether PyTorch may refuse a loss because of this node of its captured graph."""
+    return node.op == "call_function" and node.target in _WRITTEN_OUT
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:

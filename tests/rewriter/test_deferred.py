@@ -416,6 +416,24 @@ def test_graphs_inside_of_graphs_are_rewritten_at_once(background: Background) -
     assert background.tasks == ["fill_cache"]
 
 
+class Distances(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, x.flip(0) + 1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("layer", [nn.Hardsigmoid(), Distances()])
+def test_loss_that_pytorch_refuses(layer: nn.Module, background: Background) -> None:
+    """It cannot run as written: the first step is rewritten."""
+    net, x = example()
+    net = nn.Sequential(net, nn.Linear(1, 3, dtype=torch.float64), layer)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        first_only(net, x).backward()
+    loss = optimize_nested(first_only, start="tiered")
+    loss(net, x).backward()
+    assert products_in(loss.steps[0].rewritten.captured) > MOST_PRODUCTS
+    assert isinstance(loss.steps[0], Step) and background.tasks == ["fill_cache"]
+
+
 def test_small_losses_are_rewritten_at_once(background: Background) -> None:
     x = torch.randn(8, 3)
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
