@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -54,7 +55,8 @@ class OptimizedLoss(Specialising):
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
         if not explaining.get():
-            get_ready(named_tensors(self.as_written, args, kwargs).values(), self.options)
+            with contextlib.suppress(TypeError):  # arguments that are not its own: an error below
+                get_ready(named_tensors(self.as_written, args, kwargs).values(), self.options)
         return super()._capture(args, kwargs)
 
     def _build(self, captured: GraphModule) -> Step | Deferred:

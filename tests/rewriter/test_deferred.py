@@ -83,6 +83,7 @@ def background(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Backg
         return compile_graph(module, "eager", mode, strict=strict)
 
     monkeypatch.setattr("rewriter.recall.cache_folder", lambda: tmp_path)  # nothing is recalled
+    monkeypatch.setattr(deferred, "CUSTOM", {})  # other tests have registered rules
     monkeypatch.setattr("rewriter.start.queue", made)
     monkeypatch.setattr("rewriter.deferred.queue", made)
     monkeypatch.setattr("rewriter.start.compile_graph", compiled)
