@@ -125,11 +125,10 @@ def bytes_kept(captured: GraphModule, promoted: Sequence[int]) -> int:
     examples, wanted = _examples(captured, promoted)
     start = [i for i in wanted if i not in promoted]
     mode = fake_mode_of(examples)
-    with mode, numbers_forgotten(mode), any_size_differentiable():
-        # Zero tangents are tensors under the counter.
-        with LiveBytes() as live, FlopCounter():
-            outputs, own = run_as_written(captured, examples, start)
-            gradients_of(outputs, [own[i] for i in wanted])
+    memory = FlopCounter()  # under it zero tangents have memory
+    with mode, numbers_forgotten(mode), any_size_differentiable(), LiveBytes() as live, memory:
+        outputs, own = run_as_written(captured, examples, start)
+        gradients_of(outputs, [own[i] for i in wanted])
     # The leaves are copies of the inputs, alive all the time.
     return live.most - sum(live.bytes_of(x) for x in own if isinstance(x, Tensor))
 

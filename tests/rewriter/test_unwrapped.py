@@ -29,7 +29,7 @@ class Wrapper:
     ) -> None:
         self.calls = 0
         self.graph = object.__new__(CompiledFxGraph)
-        self.graph.current_callable = self.code
+        self.graph.current_callable, self.graph.compiled_fn_runner = self.code, None
 
         def wrapped(*inputs: Any) -> Sequence[Any]:
             self.calls += 1
