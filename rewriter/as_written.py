@@ -93,9 +93,7 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
         captured: What Dynamo captured.
         promoted: Inputs that the loss itself makes require grad.
     """
-    examples, wanted = _examples(captured, promoted)
-    start = [i for i in wanted if i not in promoted]
-    mode = fake_mode_of(examples)
+    examples, mode, wanted, start = _given(captured, promoted)
     with mode, numbers_forgotten(mode), FlopCounter() as counter:
         outputs, own = run_as_written(captured, examples, start)
     leaves = [own[i] for i in wanted]
@@ -122,25 +120,28 @@ def bytes_kept(captured: GraphModule, promoted: Sequence[int]) -> int:
         captured: What Dynamo captured.
         promoted: Inputs that the loss itself makes require grad.
     """
-    examples, wanted = _examples(captured, promoted)
-    start = [i for i in wanted if i not in promoted]
-    mode = fake_mode_of(examples)
-    memory = FlopCounter()  # under it zero tangents have memory
-    with mode, numbers_forgotten(mode), any_size_differentiable(), LiveBytes() as live, memory:
+    examples, mode, wanted, start = _given(captured, promoted)
+    counter = FlopCounter()  # under it zero tangents are tensors with memory
+    with mode, numbers_forgotten(mode), any_size_differentiable(), LiveBytes() as live, counter:
         outputs, own = run_as_written(captured, examples, start)
         gradients_of(outputs, [own[i] for i in wanted])
     # The leaves are copies of the inputs, alive all the time.
     return live.most - sum(live.bytes_of(x) for x in own if isinstance(x, Tensor))
 
 
-def _examples(captured: GraphModule, promoted: Sequence[int]) -> tuple[list[Any], tuple[int, ...]]:
-    """Return fake inputs, and the positions of those that require grad."""
+def _given(
+    captured: GraphModule, promoted: Sequence[int]
+) -> tuple[list[Any], FakeTensorMode, tuple[int, ...], list[int]]:
+    """Return fake inputs and their mode, the positions of those that require grad, and of those
+    that do when the loss begins."""
     examples = [example_of(node) for node in placeholders(captured.graph)]
-    return examples, tuple(
+    wanted = tuple(
         i
         for i, example in enumerate(examples)
         if isinstance(example, Tensor) and (i in promoted or example.requires_grad)
     )
+    start = [i for i in wanted if i not in promoted]
+    return examples, fake_mode_of(examples), wanted, start
 
 
 def _there(wanted: Sequence[int], grads: Sequence[Tensor | None]) -> frozenset[int]:
