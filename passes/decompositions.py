@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._ops import OpOverload
 
+from passes import everywhere
+
 aten = torch.ops.aten
 
 _NORMS = (
@@ -140,7 +142,11 @@ def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
     the saved mean and deviation as constants. So is the second derivative of `weight_norm`.
     """
     table: dict[Any, Any] = dict(get_decompositions(_NORMS))
-    return table | _PLAIN | {aten._weight_norm_interface.default: _weight_norm}
+    written_out = {
+        aten._weight_norm_interface.default: _weight_norm,
+        aten._linalg_det.default: everywhere.determinant,
+    }
+    return table | _PLAIN | written_out
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from passes import derivative
+from passes.everywhere import select_scatter
 from passes.graph import (
     copy_graph,
     drop_dead,
@@ -266,6 +267,8 @@ class _Batchable(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten.as_strided_scatter.default:
             return _scatter_strided(*args, **kwargs)
+        if target is aten.select_scatter.default:
+            return select_scatter(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from passes.custom_rules import CUSTOM
+from passes.everywhere import select_scatter
 from passes.tangent_tables import BILINEAR, ELEMENTWISE, FROM_BACKWARD, LINEAR, ZERO
 from passes.versions import CLAMP_MOVES_AT_A_BOUND
 
@@ -59,6 +60,8 @@ def _linear(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> A
                 args[position],
                 _like_structure(args[position], along[position]),
             )
+    if target is aten.select_scatter.default and _functorch.peek_interpreter_stack() is not None:
+        target = select_scatter
     return target(*moved, **kwargs)
 
 

@@ -16,6 +16,7 @@ from torch.fx.traceback import set_current_meta
 from torch.utils import _pytree as pytree
 
 from passes.decompositions import scaled_mask
+from passes.everywhere import select_scatter
 from passes.graph import placeholders, reaches, where
 from passes.markers import (
     NeedsBatchedPoint,
@@ -97,6 +98,7 @@ class Marking(Interpreter):
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.instance_norm: self._instance_norm,
             write_outside: self._write_outside,
+            torch.select_scatter: select_scatter,
             torch.nn.functional.dropout: self._dropout,
             torch.nn.functional.rrelu: self._rrelu,
             torch.rrelu: self._rrelu,
@@ -185,6 +187,11 @@ class Marking(Interpreter):
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._higher_order(target, args, kwargs)
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "select_scatter":
+            return select_scatter(*args, **kwargs)
+        return super().call_method(target, args, kwargs)
 
     def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target.name() in ("tag_activation_checkpoint", "wrap_activation_checkpoint"):

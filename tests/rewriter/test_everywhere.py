@@ -1,0 +1,112 @@
+"""Derivatives where PyTorch's own are wrong or not a number, against plain formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter import optimize_nested
+from tests.degenerate import FORMS, RIGHT, Case, run_case
+
+
+def gradient_of(loss: Callable[..., Tensor], *points: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in points]
+    loss(*leaves).backward()
+    return [x.grad for x in leaves]
+
+
+X = torch.tensor([0.7, -1.2, 0.4], dtype=torch.float64)
+
+
+def test_third_derivative_through_an_index() -> None:
+    """The batch of directions of a Hessian goes through ``select``'s pullback: PyTorch's batching
+    rule for `select_scatter` makes its gradient as many times too large as the tensor is wide."""
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.func.hessian(lambda p: p[0] ** 3 + p[0] * p[1] * p[2])(x).square().sum()
+
+    a = X[0]
+    expected = torch.stack([72 * a, torch.zeros_like(a), torch.zeros_like(a)]) + 4 * X
+    (found,) = gradient_of(optimize_nested(loss, backend="eager", strict=True), X)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("as_method", [True, False])
+def test_select_scatter_under_vmap(as_method: bool) -> None:
+    """Right where `torch.vmap` of it is wrong."""
+    scatter = Tensor.select_scatter if as_method else torch.select_scatter
+    rows = torch.arange(6, dtype=torch.float64).reshape(2, 3).cos()
+
+    def loss(x: Tensor, values: Tensor) -> Tensor:
+        def one(row: Tensor, value: Tensor) -> Tensor:
+            return scatter(row, value.exp(), 0, -1).square().sum()
+
+        (g,) = torch.autograd.grad(torch.vmap(one)(x, values).sum(), values, create_graph=True)
+        return g.square().sum()
+
+    at = X[:2]
+    _, to_values = gradient_of(optimize_nested(loss, backend="eager", strict=True), rows, at)
+    torch.testing.assert_close(to_values, 16 * (4 * at).exp(), rtol=1e-12, atol=0)
+
+
+class Scattering(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.select_scatter(x.sin(), x[1] ** 2, 0, 0)
+
+
+def test_select_scatter_in_a_module_under_vmap() -> None:
+    net = optimize_nested(Scattering(), backend="eager")
+    points = torch.stack([X, 2 * X]).requires_grad_()
+    torch.vmap(net)(points).square().sum().backward()
+    x = points.detach()
+    expected = (2 * x).sin()
+    expected[:, 0] = 0
+    expected[:, 1] += 4 * x[:, 1] ** 3
+    torch.testing.assert_close(points.grad, expected, rtol=1e-12, atol=0)
+
+
+_EYE = torch.eye(3, dtype=torch.float64)
+_RANK = {
+    "equal": _EYE,
+    "nearly equal": torch.diag(torch.tensor([1.0, 1.0 + 1e-9, 2.0], dtype=torch.float64)),
+    "rank 1": torch.ones(3, 3, dtype=torch.float64),
+    "zero": torch.zeros(3, 3, dtype=torch.float64),
+    "6 rows of rank 3": torch.diag(torch.tensor([3.0, 1, 1, 0, 0, 0], dtype=torch.float64)),
+    "two matrices": torch.stack([_EYE, torch.zeros_like(_EYE)]),
+}
+
+
+QUICK = (("equal", "grad, grad"), ("6 rows of rank 3", "grad, grad"))
+
+
+@pytest.mark.parametrize(
+    ("point", "form"),
+    [
+        pytest.param(point, form, marks=[] if (point, form) in QUICK else [pytest.mark.slow])
+        for point in _RANK
+        for form in FORMS
+    ],
+)
+def test_determinant(point: str, form: str) -> None:
+    ours, _ = run_case(Case("det", torch.linalg.det, _RANK[point]), form)
+    assert ours == RIGHT
+
+
+def test_stress_at_rest() -> None:
+    """A stress from ``det F`` at ``F = 1``, the gradient of a scale in front of it: 2088."""
+
+    def loss(scale: Tensor, f: Tensor) -> Tensor:
+        def energy(f: Tensor) -> Tensor:
+            return scale * (torch.linalg.det(f) - 1) ** 2 + torch.linalg.det(f).log() ** 2
+
+        return torch.func.hessian(energy)(f).square().sum()
+
+    found = gradient_of(
+        optimize_nested(loss, backend="eager", strict=True), 3 * torch.ones(()).double(), _EYE
+    )
+    # H = 2 (scale + 1) tr ⊗ tr, of which nine entries are not zero
+    torch.testing.assert_close(found[0], torch.tensor(72 * 4.0).double(), rtol=1e-12, atol=0)
+    assert found[1].isfinite().all()
