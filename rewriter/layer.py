@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,9 +20,10 @@ from passes.levels import Level
 from passes.nest import NotNested, active_nodes, nest
 from passes.work import work_of
 from rewriter.as_written import measure
-from rewriter.capture import is_traced, keep_numbers
+from rewriter.binding import Towers, bind, bound, forward_of, is_active, is_bound
+from rewriter.capture import compile_function, is_traced, keep_numbers
 from rewriter.checking import check_layer
-from rewriter.errors import CaptureError, OptionError, TooLittleWork
+from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
 from rewriter.flatten import flatten
 from rewriter.options import Options
 from rewriter.rewrite import check_differentiability
@@ -37,22 +42,35 @@ from rewriter.tower_report import TowerReport, level_reports
 
 M = TypeVar("M", bound=nn.Module)
 
+# Of the modules that a tower serves: a class that is made anew for each clone is captured anew.
+MOST_CLASSES = 4
+
 STRATEGIES = ("auto", "jvp_over_gradient", "as written")
 
 
 class OptimizedForward(Specialising):
     """The ``forward`` of a module, as a tower of compiled derivatives.
 
+    ``module.forward`` is bound to its module, as methods are: it is called without, and has the
+    attributes and methods listed here.
+
     Attributes:
-        module: The user's module.
         steps: One tower per specialisation built so far.
+
+    Args:
+        function: The ``forward`` of a class: a function of a module and the module's arguments.
+        name: The class's name.
+        options: How it is optimised.
     """
 
-    def __init__(self, module: nn.Module, options: Options) -> None:
-        self.module = module
-        super().__init__(functools.partial(type(module).forward, module), options, Layers(options))
-        functools.update_wrapper(self, type(module).forward)
-        self.name = type(module).__name__
+    def __init__(self, function: Callable[..., Any], name: str, options: Options) -> None:
+        super().__init__(function, options, Layers(options))
+        # No plain function: Dynamo goes a long way around one that is PyTorch's own.
+        given = functools.partial(function)
+        self._new = functools.partial(compile_function, given, self._built, options.dynamic)
+        self._compiled = self._new()
+        self.name = name
+        self._classes: set[type] = set()
 
     def _build(self, captured: GraphModule) -> Callable[..., Any]:
         tower = Tower(captured, self.options)
@@ -67,7 +85,13 @@ class OptimizedForward(Specialising):
         return options.backend == "inductor" and options.strategy == "auto" and not options.check
 
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
-        return self.module.children()
+        return args[0].children()
+
+    def _serves(self, cls: type) -> bool:
+        """Whether modules of a class are captured: those of the first few that were called."""
+        if cls not in self._classes and len(self._classes) < MOST_CLASSES:
+            self._classes.add(cls)
+        return cls in self._classes
 
     def explain(self) -> TowerReport:
         """Return what has been built so far, and why some calls run as written."""
@@ -79,7 +103,8 @@ class OptimizedForward(Specialising):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        """Call the module that comes first with the arguments that follow."""
+        if torch.compiler.is_compiling() or not self._serves(type(args[0])):
             return self.as_written(*args, **kwargs)
         refusal = self.refusal_of(args, kwargs)
         if isinstance(refusal, TooLittleWork):
@@ -89,17 +114,12 @@ class OptimizedForward(Specialising):
         if refusal is not None:
             return self.as_written(*args, **kwargs)
         try:
-            with stood_in(self.module, args, kwargs) as (plain_args, plain_kwargs), gradients_on():
-                return self._captured_call(plain_args, plain_kwargs)
+            module, *own = args
+            with stood_in(module, own, kwargs) as (plain, plain_kwargs), gradients_on():
+                return self._captured_call((module, *plain), plain_kwargs)
         except CaptureError as refusal:
             reason = refusal
         return self._fall_back(reason, args, kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["module"], state["options"])
 
     def __repr__(self) -> str:
         return f"<optimize_nested {self.name}.forward, {len(self.steps)} specialisations>"
@@ -173,46 +193,83 @@ class Layers:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.forwards: dict[nn.Module, OptimizedForward] = {}
+        self._towers: dict[int, tuple[weakref.ref[nn.Module], OptimizedForward]] = {}
+        self._alike: weakref.WeakValueDictionary[Any, OptimizedForward] = (
+            weakref.WeakValueDictionary()
+        )
 
     @contextlib.contextmanager
     def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Let the modules and those inside them be towers inside the ``with`` block."""
-        found = dict.fromkeys(inner for module in modules for inner in module.modules())
-        taken = [module for module in found if _is_layer(module)]
-        for module in taken:
-            if module not in self.forwards:
-                self.forwards[module] = OptimizedForward(module, self.options)
-                self.forwards[module].quiet = True
-            module.forward = self.forwards[module]
-        try:
+        towers: dict[nn.Module, OptimizedForward] = {}
+        for module in _in_reach(modules):
+            function = _layer(module)
+            if function is not None:
+                towers[module] = self._tower_of(module, function)
+        with bound(towers):
             yield
-        finally:
-            for module in taken:
-                del module.forward
+
+    def _tower_of(self, module: nn.Module, function: Callable[..., Any]) -> OptimizedForward:
+        """Return the tower of a module for as long as there is the module; modules that are alike,
+        such as clones that are made for each step, have one together."""
+        known = self._towers.get(id(module))
+        if known is not None and known[0]() is module and known[1].as_written is function:
+            return known[1]
+        kind = function, tuple((n, p.shape, p.dtype) for n, p in module.named_parameters())
+        tower = self._alike.get(kind)
+        if tower is None:
+            tower = OptimizedForward(function, type(module).__name__, self.options)
+            tower.quiet = True
+            self._alike[kind] = tower
+        gone = functools.partial(_drop, self._towers, id(module))
+        self._towers[id(module)] = weakref.ref(module, gone), tower
+        return tower
+
+    @property
+    def _called(self) -> list[OptimizedForward]:
+        return [tower for _, tower in list(self._towers.values())]
 
     @property
     def said(self) -> str:
         """What to say of them, after the reason why the function is not captured."""
-        names = ", ".join(sorted({f.name for f in self.forwards.values() if f.steps}))
+        names = ", ".join(sorted({f.name for f in self._called if f.steps}))
         return f"; captured by layer: {names}" if names else ""
 
     def reports(self) -> tuple[str, ...]:
         """Return a line for each that was called: captured, or as written and why."""
-        called = list(self.forwards.values())
         return (
-            *(f"{f.name}: captured, {len(f.steps)}" for f in called if f.steps),
-            *(f"{f.name}: as written, {f.refusals[0]}" for f in called if f.refusals),
+            *(f"{f.name}: captured, {len(f.steps)}" for f in self._called if f.steps),
+            *(f"{f.name}: as written, {f.refusals[0]}" for f in self._called if f.refusals),
         )
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is worth a tower: not one of PyTorch's that calls a single operator, nor
-    one whose ``forward`` somebody has replaced."""
-    if "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
-        return False
+def _drop(towers: dict[int, Any], key: int, gone: Any) -> None:
+    """Drop the tower of a module that is gone, if it is not another's by now."""
+    if key in towers and towers[key][0] is gone:
+        del towers[key]
+
+
+def _in_reach(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """Return the modules and those inside them, but nothing of those that carry towers of their
+    own."""
+    found: dict[nn.Module, None] = {}
+    ahead = list(modules)[::-1]
+    while ahead:
+        module = ahead.pop()
+        if module not in found and not is_bound(module):
+            found[module] = None
+            ahead.extend(module.children())
+    return found
+
+
+def _layer(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the ``forward`` of a module that is worth a tower: not one of PyTorch's that calls a
+    single operator, nor one whose ``forward`` somebody has replaced."""
+    function = forward_of(module)
+    if function is None or function is nn.Module.forward or is_active(module):
+        return None
     is_one_operator = type(module).__module__.startswith("torch.nn.") and not any(module.children())
-    return not is_one_operator
+    return None if is_one_operator else function
 
 
 def _check_strategy(options: Options) -> None:
@@ -231,14 +288,37 @@ def _check_strategy(options: Options) -> None:
 def optimize_module(module: M, options: Options) -> M:
     """Give a module a compiled ``forward`` with compiled derivatives, in place; return it.
 
+    A ``forward`` that was replaced on the module itself is left alone, with a warning: nothing says
+    which module it calls.
+
     Raises:
         OptionError: A strategy that is none of a tower's.
+        CaptureError: Its ``forward`` was replaced, and ``strict=True``.
     """
     _check_strategy(options)
     if options.strategy == "as written":
         return module
-    module.forward = OptimizedForward(module, options)
+    own = module.__dict__.get("forward")
+    if isinstance(own, types.MethodType) and own == types.MethodType(type(module).forward, module):
+        del module.__dict__["forward"]  # Lightning leaves it there
+    elif own is not None:
+        _leave(module, own, options)
+        return module
+    bind(module, Towers(OptimizedForward, type(module).__name__, options))
     return module
+
+
+def _leave(module: nn.Module, forward: Any, options: Options) -> None:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    where = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "?"
+    reason = "its forward was replaced on the module itself; decorate it before"
+    if options.strict:
+        raise CaptureError(reason, where)
+    warnings.warn(
+        f"{type(module).__name__} runs as written: {reason} (at {where})",
+        NestedGradientWarning,
+        stacklevel=5,
+    )
 
 
 def optimize_class(cls: type[M], options: Options) -> type[M]:

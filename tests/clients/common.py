@@ -54,7 +54,7 @@ def check(make: Callable[..., Any], **sizes: Any) -> Any:
 
 def check_captured(client: Any) -> None:
     forward = client.net.forward
-    assert isinstance(forward, OptimizedForward)
+    assert isinstance(forward.__func__, OptimizedForward)
     assert forward.steps and not forward.refusals
 
 

@@ -33,7 +33,7 @@ def towered(net: nn.Module, **options: Any) -> nn.Module:
 
 
 def steps(net: nn.Module) -> list[Any]:
-    assert isinstance(net.forward, OptimizedForward)
+    assert isinstance(net.forward.__func__, OptimizedForward)
     return net.forward.steps
 
 
