@@ -70,6 +70,10 @@ docs: $(VENV)/.docs ## Build the documentation site into build/site
 conformance: setup ## Compare PyTorch's operator database with eager, into docs/conformance.md
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.conformance
 
+.PHONY: wrong
+wrong: setup ## Measure what PyTorch gets wrong, into docs/wrong_in_pytorch.md
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.wrong_in_pytorch $(ARGS)
+
 .PHONY: bench
 bench: setup ## Time the workloads beside PyTorch, into docs/benchmarks.md (ARGS="--quick")
 	$(BIN)/python -m examples.benchmark $(ARGS)
