@@ -1,4 +1,4 @@
-"""The page on what PyTorch gets wrong says what is so: PyTorch is wrong, the rewritten loss right."""
+"""The page on what PyTorch gets wrong says what is so: PyTorch wrong, the rewritten loss right."""
 
 from __future__ import annotations
 
