@@ -18,6 +18,7 @@ import gc
 import inspect
 import itertools
 import logging
+import math
 import re
 import threading
 import traceback
@@ -28,10 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _refs
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.source import NumpyTensorSource
 from torch._dynamo.variables import builtin as dynamo_builtins
 from torch._dynamo.variables import higher_order_ops
 from torch._dynamo.variables.base import VariableTracker
@@ -55,7 +57,13 @@ from torch.utils import _pytree as pytree
 from passes.convolutions import take_any_size
 from passes.graph import where
 from passes.versions import IS_BEFORE_2_13
-from rewriter.errors import CaptureError, NotRewritten, OptimizeNestedError, OptionError
+from rewriter.errors import (
+    CaptureError,
+    NeedsNumber,
+    NotRewritten,
+    OptimizeNestedError,
+    OptionError,
+)
 from rewriter.guarded import past_the_wrapper
 from rewriter.nesting import mend_closing
 from rewriter.stateful import (
@@ -87,6 +95,35 @@ DERIVATIVES = frozenset({torch.autograd.grad, eager_transforms._autograd_grad})
 
 DYNAMO_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 MAX_SPECIALISATIONS = 64
+
+MATH: dict[Any, Callable[..., Any]] = {
+    math.exp: torch.exp, math.expm1: torch.expm1, math.log: torch.log, math.log1p: torch.log1p,
+    math.log2: torch.log2, math.log10: torch.log10, math.sqrt: torch.sqrt, math.fabs: torch.abs,
+    math.sin: torch.sin, math.cos: torch.cos, math.tan: torch.tan, math.tanh: torch.tanh,
+    math.sinh: torch.sinh, math.cosh: torch.cosh, math.asin: torch.asin, math.acos: torch.acos,
+    math.atan: torch.atan, math.asinh: torch.asinh, math.acosh: torch.acosh,
+    math.atanh: torch.atanh, math.erf: torch.erf, math.erfc: torch.erfc,
+    math.lgamma: torch.lgamma, math.degrees: torch.rad2deg,
+}  # fmt: skip
+"""Functions of one Python float, and what does the same to a tensor."""
+
+# What Dynamo calls in place of some of them.
+MATH |= {
+    getattr(torch, f"_sym_{function.__name__}"): same
+    for function, same in MATH.items()
+    if hasattr(torch, f"_sym_{function.__name__}")
+}
+
+FROM_DATA = frozenset(
+    {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, _refs.tensor}
+)
+"""What makes a tensor of numbers."""
+
+_NUMPY = (
+    dynamo_utils.numpy_to_tensor_wrapper,
+    dynamo_utils.numpy_method_wrapper,
+    dynamo_utils.numpy_operator_wrapper,
+)
 
 _READ_FROM_A_TENSOR = (
     "an index or a number of steps is read from a tensor; index with tensors of one dimension "
@@ -261,7 +298,8 @@ def _setattr_on_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_node(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a transform's body write to tensors that the transform does not wrap."""
+    """Let a transform's body write to tensors that the transform does not wrap; let functions of
+    `math` be computed from floats that are not known; take NumPy's numbers for numbers."""
 
     def run(tracer: Any, node: Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
         name = str(node.target)
@@ -270,9 +308,52 @@ def _run_node(original: Callable[..., Any]) -> Callable[..., Any]:
             node.op, node.target, node.args = "call_function", write_outside, (name, *node.args)
             write_outside(name, *args, **kwargs)
             return args[0]
+        if node.target in MATH and any(isinstance(x, torch.SymFloat) for x in args):
+            return _unknown_float(tracer)
+        numbers = [n for n in node.all_input_nodes if _is_numpy_number(n)]
+        if numbers and node.target in FROM_DATA and not (node.args[1:] or node.kwargs):
+            node.op, node.target = "call_method", "clone"
+        elif numbers and not is_numpys(node):
+            args, kwargs = _read_numbers(tracer, node, numbers, args, kwargs)
         return original(tracer, node, args, kwargs, nnmodule)
 
     return run
+
+
+def _unknown_float(tracer: Any) -> torch.SymFloat:
+    shapes = tracer.fake_mode.shape_env
+    with shapes.ignore_fresh_unbacked_symbols():
+        return shapes.create_unbacked_symfloat()
+
+
+def _is_numpy_number(node: Node) -> bool:
+    """Whether a node is a NumPy float as written: an array of shape () is one in NumPy."""
+    value = example_of(node)
+    if not isinstance(value, Tensor) or value.dim() or not value.dtype.is_floating_point:
+        return False
+    if node.op == "placeholder":
+        return isinstance(getattr(node.meta.get("grapharg"), "source", None), NumpyTensorSource)
+    return is_numpys(node)
+
+
+def is_numpys(node: Node) -> bool:
+    """Whether a node calls NumPy, as Dynamo traces it."""
+    return isinstance(node.target, _NUMPY)
+
+
+def _read_numbers(
+    tracer: Any, node: Node, numbers: Sequence[Node], args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Let a call of PyTorch read numbers that NumPy has computed: to PyTorch they are no tensors,
+    whose type would count."""
+    read: dict[int, Any] = {}
+    for number in numbers:
+        with node.graph.inserting_before(node):
+            item = node.graph.call_method("item", (number,))
+        item.meta = {**number.meta, "example_value": _unknown_float(tracer)}
+        read[id(example_of(number))] = example_of(item)
+        node.replace_input_with(number, item)
+    return pytree.tree_map(lambda x: read.get(id(x), x), (args, kwargs))
 
 
 def _speculate(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -376,26 +457,6 @@ def _tensor_method(name: str, handler: Callable[..., Any]) -> Iterator[None]:
             changed = {**table, name: type(table[name])(handler)}
             stack.enter_context(replaced(TensorVariable, "tp_methods", changed))
         yield
-
-
-def number_of(x: Tensor) -> Tensor:
-    """Do what ``x.item()`` does for a float, without leaving the graph: a constant of shape () that
-    promotes like a number."""
-    return x.detach().to(torch.float64)
-
-
-def keep_numbers(captured: GraphModule) -> None:
-    """Turn ``x.item()`` of floats (also Dynamo's own, for a float argument that changed) into
-    `number_of`.
-
-    Raises:
-        CaptureError: An integer is read from a tensor: sizes or branches depend on values.
-    """
-    for node in captured.graph.find_nodes(op="call_method", target="item"):
-        if not example_of(node.args[0]).dtype.is_floating_point:
-            raise CaptureError("an integer is read from a tensor", where(node))
-        node.op, node.target = "call_function", number_of
-    captured.recompile()
 
 
 def refuse_no_grad_in_transforms(captured: GraphModule) -> None:
@@ -634,6 +695,8 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
         if trace.refused:
             return CaptureError(trace.refused, _user_line(error, text))
         reason = text[0] if text else type(error).__name__
+        if any(_asks_for_a_float(line) for line in text):
+            return NeedsNumber("a Python number is needed", _user_line(error, text))
         if any("Could not guard on data-dependent expression" in line for line in text):
             reason = "a branch on the value of a tensor"
         if any(
@@ -654,6 +717,12 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
             reason = _READ_FROM_A_TENSOR
         return CaptureError(reason, _user_line(error, []))
     return None
+
+
+def _asks_for_a_float(line: str) -> bool:
+    """Whether Dynamo says that the value of a float, which is an input or read from a tensor,
+    decides."""
+    return "Could not guard on data-dependent" in line and re.search(r"\bzu?f\d+", line) is not None
 
 
 def is_dynamos_own(error: BaseException, trace: Trace) -> bool:

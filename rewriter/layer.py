@@ -21,10 +21,11 @@ from passes.nest import NotNested, active_nodes, nest
 from passes.work import work_of
 from rewriter.as_written import measure
 from rewriter.binding import Towers, bind, bound, forward_of, is_active, is_bound
-from rewriter.capture import compile_function, is_traced, keep_numbers
+from rewriter.capture import compile_function, is_traced
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
 from rewriter.flatten import flatten
+from rewriter.numbers import keep_numbers
 from rewriter.options import Options
 from rewriter.rewrite import check_differentiability
 from rewriter.specialising import Specialising, gradients_on

@@ -28,9 +28,10 @@ from passes.markers import (
     tangent_mark,
 )
 from rewriter import nesting
-from rewriter.capture import example_of, number_of, set_requires_grad
+from rewriter.capture import example_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
 from rewriter.memory import Memory, requires_grad, written_by
+from rewriter.numbers import is_number
 from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.stateful import MIXES, write_outside
 
@@ -150,7 +151,7 @@ class Marking(Interpreter):
         except (CaptureError, NeedsBatchedPoint):
             raise
         except Exception as error:
-            if any(read.target is number_of for read in n.all_input_nodes):
+            if any(map(is_number, n.all_input_nodes)):
                 raise NeedsNumber("a Python number is needed", where(n)) from error
             raise CaptureError(f"{n.target}: {str(error).splitlines()[0]}", where(n)) from error
         if n.op == "output":

@@ -28,11 +28,12 @@ from passes.price import evaluated, price, size_hints
 from passes.share import share
 from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
-from rewriter.capture import keep_numbers, marked_sizes, source_name
+from rewriter.capture import marked_sizes, source_name
 from rewriter.choose import Choice, choose
 from rewriter.detached import detached_derivatives
 from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
+from rewriter.numbers import keep_numbers
 from rewriter.options import Options
 from rewriter.twice import write_out
 from rewriter.widths import fix_widths
