@@ -55,7 +55,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.convolutions import take_any_size
-from passes.graph import where
+from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
 from rewriter.errors import (
     CaptureError,
@@ -795,3 +795,35 @@ def is_transformed() -> bool:
 def is_observed() -> bool:
     """Whether a transform, a dual level or a dispatch mode is open around this call."""
     return torch._C._len_torch_dispatch_stack() > 0 or is_inside_level()
+
+
+def with_inputs_returned(captured: GraphModule, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``step`` with those inputs in place of outputs that the captured function returns
+    itself: after ``self.steps += 1`` the module holds the same tensor, and so does who held it.
+
+    Args:
+        captured: What Dynamo captured.
+        step: Computes its outputs, and has written new values to the inputs by then.
+    """
+    positions = {
+        id(example_of(node)): i
+        for i, node in enumerate(placeholders(captured.graph))
+        if isinstance(example_of(node), Tensor)
+    }
+    found = {
+        index: positions[id(example_of(end))]
+        for index, end in enumerate(results(captured.graph))
+        if isinstance(end, Node) and id(example_of(end)) in positions
+        # One that has got a history has it among the outputs alone.
+        if not example_of(end).requires_grad
+    }
+    if not found:
+        return step
+
+    def run(*inputs: Any) -> list[Any]:
+        outputs = list(step(*inputs))
+        for index, position in found.items():
+            outputs[index] = inputs[position]
+        return outputs
+
+    return run

@@ -24,6 +24,7 @@ from rewriter.capture import (
     is_dynamos_own,
     is_observed,
     refuse_no_grad_in_transforms,
+    with_inputs_returned,
 )
 from rewriter.errors import (
     CaptureError,
@@ -175,7 +176,7 @@ class Specialising(ABC):
         with set_aside():
             step = self._build(captured)
         self.steps.append(step)
-        return step
+        return with_inputs_returned(captured, step)
 
     def _fall_back(self, refusal: CaptureError, args: Any, kwargs: Any) -> Any:
         """Run the loss as written, and say once why."""
