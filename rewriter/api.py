@@ -20,6 +20,7 @@ from rewriter.ahead.compile import compile_ahead
 from rewriter.deferred import Deferred, step_for
 from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
+from rewriter.generators import undo_draws
 from rewriter.layer import Layers, optimize_class, optimize_module
 from rewriter.log import log_built, wanted
 from rewriter.make_report import make_report
@@ -168,6 +169,7 @@ class OptimizedLoss(Specialising):
             with gradients_on():
                 self._captured_call(args, kwargs)
         except Explained as found:
+            undo_draws()
             return found.with_traceback(None)
         finally:
             explaining.reset(token)

@@ -19,6 +19,8 @@ import inspect
 import itertools
 import logging
 import math
+import os
+import random
 import re
 import threading
 import traceback
@@ -32,10 +34,11 @@ import torch
 from torch import Tensor, _refs
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
+from torch._dynamo import symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.source import NumpyTensorSource
 from torch._dynamo.variables import builtin as dynamo_builtins
-from torch._dynamo.variables import higher_order_ops
+from torch._dynamo.variables import higher_order_ops, user_defined
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
@@ -46,7 +49,7 @@ from torch._dynamo.variables.functions import (
     UserFunctionVariable,
 )
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
-from torch._dynamo.variables.misc import AutogradFunctionVariable
+from torch._dynamo.variables.misc import AutogradFunctionVariable, RandomVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
@@ -64,6 +67,7 @@ from rewriter.errors import (
     OptimizeNestedError,
     OptionError,
 )
+from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
 from rewriter.nesting import mend_closing
 from rewriter.stateful import (
@@ -88,7 +92,7 @@ functorch_c: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessI
 _lock = threading.RLock()
 torch._dynamo.allow_in_graph(write_outside)
 
-_is_capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("is_capturing", default=False)
+_capturing: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("capturing", default=None)
 
 DERIVATIVES = frozenset({torch.autograd.grad, eager_transforms._autograd_grad})
 """What a captured graph calls where a reverse pass begins."""
@@ -140,11 +144,13 @@ class Trace:
         by_pullbacks: Whether forward mode is written as pullbacks.
         has_forward_mode: Whether Dynamo has met forward mode.
         refused: Why the trace was ended, if we ended it.
+        graphs: How many graphs Dynamo has made of the function.
     """
 
     by_pullbacks: bool
     has_forward_mode: bool = False
     refused: str = ""
+    graphs: int = 0
 
     def refuse(self, reason: str) -> None:
         """End the trace; Dynamo keeps of an exception no more than its words.
@@ -255,6 +261,8 @@ def _call_substitute(
 
     def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         function = getattr(self, attribute, None)  # a closure has none
+        if function is random.random and not args and not kwargs:
+            return user_defined.call_random_fn(tx, random.random, [], {})
         if function is torch.autograd.backward:
             return _trace_backward(trace, tx, *args, **kwargs)
         if function in bodies:
@@ -265,6 +273,44 @@ def _call_substitute(
         return original(self, tx, args, kwargs)
 
     return call
+
+
+def _noting_draws(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Take note of the generator's state where Dynamo's code draws the inputs of a graph, which may
+    not be run then."""
+
+    def call(tx: Any, draw: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return original(tx, noted(draw), args, kwargs)
+
+    return call
+
+
+def _method_of_random(original: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
+    """Trace the methods of a `random.Random` that the loss makes.
+
+    Raises:
+        CaptureError: It was there before: Dynamo would draw from its present state in every call.
+    """
+
+    def call(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if self.source is not None:
+            trace.refuse("a random generator of one's own")
+        return original(self, tx, name, args, kwargs)
+
+    return call
+
+
+def _is_stdlib(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Let Dynamo guard on globals of `os`, whose environment changes, and of a user's modules that
+    bear the name of one of Python's."""
+
+    def is_stdlib(module: Any) -> bool:
+        if module is os or not original(module):
+            return False
+        path = getattr(module, "__file__", None)
+        return path is None or path.startswith(os.path.dirname(os.__file__))
+
+    return is_stdlib
 
 
 def _all_leaves(trace: Trace, tx: Any) -> list[Any]:
@@ -542,6 +588,8 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             "recompile_limit": MAX_SPECIALISATIONS,
             "reorderable_logging_functions": {print, warnings.warn},
             "skip_nnmodule_hook_guards": False,  # a hook may come after the capture
+            "use_numpy_random_stream": True,  # refused; else drawn from PyTorch's own generator
+            "optimize_ddp": False,  # cuts the graph, between a forward and its inner derivative too
         }
         if IS_BEFORE_2_13:
             # Else `requires_grad_()` on a parameter, or another default of a function, would go
@@ -572,15 +620,22 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
         ):
             call = _call_substitute(kind.call_function, attribute, trace)
             stack.enter_context(replaced(kind, "call_function", call))
+        draws = _noting_draws(user_defined.call_random_fn)
+        stack.enter_context(replaced(user_defined, "call_random_fn", draws))
+        held = _method_of_random(RandomVariable.call_method, trace)
+        stack.enter_context(replaced(RandomVariable, "call_method", held))
+        if hasattr(symbolic_convert, "is_stdlib"):
+            is_stdlib = _is_stdlib(symbolic_convert.is_stdlib)
+            stack.enter_context(replaced(symbolic_convert, "is_stdlib", is_stdlib))
         owner, name = _setattr_of_dynamo()
         stack.enter_context(replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))
         stack.enter_context(levels_restored())
-        token = _is_capturing.set(True)
+        token = _capturing.set(trace)
         try:
             yield
         finally:
-            _is_capturing.reset(token)
+            _capturing.reset(token)
 
 
 @contextlib.contextmanager
@@ -610,8 +665,13 @@ def compile_function(
     """
 
     def prepared(captured: GraphModule, inputs: Any) -> Any:
-        if not _is_capturing.get():
+        trace = _capturing.get()
+        if trace is None:
             raise CaptureError("a new specialisation outside of a capture")
+        trace.graphs += 1
+        if trace.graphs > 1:
+            # A derivative in one piece of what lies in another would be a constant, or zero.
+            trace.refuse("the graph of the loss was cut into pieces before it could be rewritten")
         return backend(captured, inputs)
 
     options: dict[str, Any] = {"options": {"guard_filter_fn": _kept_guards}}
@@ -697,7 +757,11 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
         reason = text[0] if text else type(error).__name__
         if any(_asks_for_a_float(line) for line in text):
             return NeedsNumber("a Python number is needed", _user_line(error, text))
-        if any("Could not guard on data-dependent expression" in line for line in text):
+        if "config.use_numpy_random_stream" in reason:
+            reason = "a draw from NumPy's random generator"
+        if reason == "Data-dependent branching" or any(
+            "Could not guard on data-dependent expression" in line for line in text
+        ):
             reason = "a branch on the value of a tensor"
         if any(
             "Could not extract specialized integer" in line or "(got SymInt)" in line
@@ -779,6 +843,16 @@ def marked_sizes(captured: torch.fx.GraphModule) -> list[Any]:
         marked = getattr(tensor, "_dynamo_dynamic_indices", ())
         found += [example_of(node).shape[dim] for dim in marked]
     return found
+
+
+def refuse_switched_off() -> None:
+    """Check that Dynamo traces at all.
+
+    Raises:
+        CaptureError: The user has switched it off.
+    """
+    if dynamo_config.disable:
+        raise CaptureError("torch.compile is switched off (TORCHDYNAMO_DISABLE)")
 
 
 def is_traced() -> bool:

@@ -1,11 +1,17 @@
-"""The states of PyTorch's random generators."""
+"""The states of random generators: PyTorch's, Python's and NumPy's."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import contextvars
+import gc
+import pickle
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -53,3 +59,79 @@ def generators_restored(start: Generators | None = None) -> Iterator[Generators]
         yield start or before
     finally:
         before.set()
+
+
+_HOST_KINDS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
+
+
+class HostGenerators:
+    """The random generators of Python and NumPy that are alive; a ``with`` block leaves them in the
+    states that they are in.
+
+    Attributes:
+        have_moved: Whether one was in another state at the end of the block.
+    """
+
+    def __init__(self) -> None:
+        # Whoever holds one need not be known: a global, an attribute, a closure of a closure. Those
+        # of the modules are not among what is collected after `gc.freeze`.
+        modules: Any = random.random, numpy.random.rand
+        alive = [x for x in gc.get_objects() if issubclass(type(x), _HOST_KINDS)]
+        found = {id(x): x for x in [*(draw.__self__ for draw in modules), *alive]}.values()
+        self._states = [(x, _state_of(x)) for x in found if type(x) is not random.SystemRandom]
+        self.have_moved = False
+
+    def __enter__(self) -> HostGenerators:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for generator, state in self._states:
+            if pickle.dumps(_state_of(generator)) != pickle.dumps(state):
+                self.have_moved = True
+                _set_state(generator, state)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, numpy.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, numpy.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+_before_draws: contextvars.ContextVar[Any] = contextvars.ContextVar("before_draws", default=None)
+
+
+def noted(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the module `random` that takes note of the state before a call's first
+    draw, for `undo_draws`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _before_draws.get() is None:
+            _before_draws.set(random.getstate())
+        return draw(*args, **kwargs)
+
+    return call
+
+
+def forget_draws() -> None:
+    """Begin a call: what was drawn so far stays drawn."""
+    _before_draws.set(None)
+
+
+def undo_draws() -> None:
+    """Put the generator of the module `random` back to where it was when the call began: Dynamo's
+    code draws what a graph needs before the graph is run, and it was not."""
+    state = _before_draws.get()
+    if state is not None:
+        random.setstate(state)
+        _before_draws.set(None)

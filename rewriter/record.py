@@ -76,14 +76,21 @@ class Recorded:
 
 
 class _Names:
-    """Collect the names that executed code mentions: attributes and globals it can have read."""
+    """Collect the names that executed code mentions: attributes and globals it can have read.
+
+    Attributes:
+        has_drawn: Whether the operating system was asked for random bytes.
+    """
 
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
+        self.has_drawn = False
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
             self.codes.add(frame.f_code)
+        elif event == "c_call" and argument is os.urandom:
+            self.has_drawn = True
 
     @property
     def names(self) -> set[str]:
@@ -175,6 +182,8 @@ def record(
         end = Generators.now()
         if recording.refused is not None:
             raise recording.refused
+        if names.has_drawn:
+            raise CaptureError("the loss draws random bytes of the operating system")
         tensors, places, used = recording.outputs_of(outputs)
         found = recording.gradients(tensors) if gradients else None
         tensors = [x.detach().clone() for x in tensors]

@@ -7,15 +7,12 @@ on the second ones; whatever of the two does not agree is a refusal, not a numbe
 
 from __future__ import annotations
 
-import contextlib
-import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -27,7 +24,7 @@ from passes.tracing import AnySizes
 from rewriter.as_written import gradients_of, run_as_written
 from rewriter.capture import MAX_SPECIALISATIONS
 from rewriter.errors import CaptureError, NestedGradientWarning, OptimizeNestedError
-from rewriter.generators import Generators, generators_restored
+from rewriter.generators import Generators, HostGenerators, generators_restored
 from rewriter.naming import modules_in
 from rewriter.reach import Kind, aliases, arguments, is_same, kind_of, reached
 from rewriter.record import Recorded, record
@@ -232,7 +229,7 @@ class Recorder:
                 for module, mode in modes.items():
                     module.training = mode
 
-        with _host_generators_restored():
+        with HostGenerators() as generators:
             first, sizes = run(data, set(), first=True), None
             if symbolic:
                 model = run(data, set(), first=True, sizes=())
@@ -262,6 +259,12 @@ class Recorder:
                 # it should come from a run on the caller's own values.
                 last = run(known, fixed, sizes=None if sizes is None else ())
                 difference = _difference(second, last)
+        if generators.have_moved:
+            # What one gave need not show in what was recorded, such as the branch that was taken.
+            raise CaptureError(
+                "the loss draws from a random generator of Python or NumPy",
+                difference.where if difference else "?",
+            )
         if difference is not None:
             raise difference
         _verify(second)
@@ -356,16 +359,6 @@ def _surroundings() -> Any:
         for kind in ("cpu", "cuda")
     ]
     return casts, torch.get_default_dtype(), torch.get_default_device()
-
-
-@contextlib.contextmanager
-def _host_generators_restored() -> Iterator[None]:
-    python, array = random.getstate(), numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(array)
 
 
 def _difference(one: Recorded, other: Recorded) -> CaptureError | None:

@@ -327,6 +327,9 @@ class Recording(TorchFunctionMode):
     def operator(self, func: Any, args: Any, kwargs: Any, name: str = "") -> Any:
         """Call an operator and record it as one node."""
         tensors = tensors_in((args, kwargs))
+        if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
+            # Before it moves, in a run that is not to be noticed.
+            raise CaptureError(f"{name or func} takes a Generator", self.here())
         for x in tensors:
             self.node_of(x)
         shadow, failed = self._on_shadows(func, args, kwargs)

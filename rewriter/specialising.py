@@ -24,6 +24,7 @@ from rewriter.capture import (
     is_dynamos_own,
     is_observed,
     refuse_no_grad_in_transforms,
+    refuse_switched_off,
     with_inputs_returned,
 )
 from rewriter.errors import (
@@ -33,6 +34,7 @@ from rewriter.errors import (
     NestedGradientWarning,
     TooLittleWork,
 )
+from rewriter.generators import forget_draws, undo_draws
 from rewriter.options import Options, is_disabled
 from rewriter.snapshot import restored_on_error
 from rewriter.stateful import set_aside
@@ -118,6 +120,7 @@ class Specialising(ABC):
         Raises:
             CaptureError: The loss cannot be captured; nothing of it has run.
         """
+        forget_draws()
         if self.steps:
             # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
             try:
@@ -125,11 +128,16 @@ class Specialising(ABC):
             except DYNAMO_ERRORS:
                 pass
             except CaptureAgain:
+                undo_draws()
                 self._begin_again()
+            except CaptureError:
+                undo_draws()
+                raise
         while True:
             try:
                 return self._capture(args, kwargs)
             except CaptureAgain:
+                undo_draws()
                 self._begin_again()
             except NeedsNumber:
                 if self._specialize_floats:
@@ -147,6 +155,8 @@ class Specialising(ABC):
         self._compiled = self._new()
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
+        if self.options.capture == "dynamo":
+            refuse_switched_off()
         trace = Trace(self._by_pullbacks)
         try:
             with capturing(trace, specialize_floats=self._specialize_floats):
@@ -155,7 +165,10 @@ class Specialising(ABC):
             refusal = as_capture_error(error, trace)
             if refusal is None:
                 raise
+            undo_draws()
             forget(error)
+            if trace.graphs > 1:
+                self.steps.pop()  # the first piece of a graph that was cut
             if trace.has_forward_mode and is_dynamos_own(error, trace):
                 raise NeedsPullbacks(refusal.reason, refusal.where) from error
             raise refusal from error

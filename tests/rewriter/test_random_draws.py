@@ -5,8 +5,11 @@ The generator's end state is compared by the oracle, so one draw too many makes 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,3 +182,91 @@ def test_two_derivatives_in_turn_over_draws_that_depend_on_their_points() -> Non
     decorated = optimize_nested(loss, backend="eager")
     with pytest.warns(NestedGradientWarning, match="a random draw"):
         assert_same(outcome(decorated, [net()], (points(),), {}), expected)
+
+
+class Held:
+    """Generators that somebody holds."""
+
+    def __init__(self) -> None:
+        self.python = random.Random(3)
+        self.numpy_new = numpy.random.default_rng(4)
+        self.numpy_old = numpy.random.RandomState(5)
+        self.torch = torch.Generator().manual_seed(6)
+
+    def states(self) -> list[Any]:
+        """Return the states of these and of everybody's generators."""
+        return [
+            random.getstate(),
+            [str(part) for part in numpy.random.get_state()],
+            torch.get_rng_state().tolist(),
+            self.python.getstate(),
+            self.numpy_new.bit_generator.state,
+            [str(part) for part in self.numpy_old.get_state(legacy=True)],
+            self.torch.get_state().tolist(),
+        ]
+
+
+def seed_all() -> None:
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.manual_seed(1)
+
+
+HOST_DRAWS: dict[str, Callable[[Held], Any]] = {
+    "numpy_array": lambda held: torch.from_numpy(numpy.random.randn(4, 1)),
+    "numpy_matrix": lambda held: torch.as_tensor(numpy.random.normal(size=(4, 3))),
+    "numpy_number": lambda held: numpy.random.rand(),
+    "numpy_generator": lambda held: torch.from_numpy(held.numpy_new.random((4, 3))),
+    "numpy_legacy": lambda held: torch.from_numpy(held.numpy_old.randn(4, 3)),
+    "random": lambda held: random.random(),
+    "uniform": lambda held: random.uniform(0.5, 1.5),
+    "randint": lambda held: random.randint(1, 50),
+    "choice": lambda held: random.choice([1.0, 2.0, 5.0]),
+    "branch": lambda held: 1.0 if random.random() < 0.5 else 3.0,
+    "held": lambda held: held.python.uniform(1, 2),
+    "made_inside": lambda held: random.Random(7).random(),
+    "torch_generator": lambda held: torch.rand(4, 3, generator=held.torch, dtype=D),
+}
+CAPTURED = {"random", "uniform", "randint", "made_inside"}
+
+
+@pytest.mark.filterwarnings("ignore::rewriter.NestedGradientWarning")
+@pytest.mark.parametrize("capture", ["dynamo", "trace"])
+@pytest.mark.parametrize("name", HOST_DRAWS)
+def test_draws_of_other_generators(name: str, capture: str) -> None:
+    """Python's and NumPy's, and generators of one's own: their values, and where they end."""
+
+    def loss(net: nn.Module, x: Tensor, held: Held) -> Tensor:
+        return penalty(net, x * HOST_DRAWS[name](held), torch.sin)
+
+    def three_calls(function: Callable[..., Tensor]) -> tuple[list[float], list[Any]]:
+        module, x, held = net(), points(), Held()
+        seed_all()
+        values = [function(module, x, held).item() for _ in range(2)]
+        random.seed(8)
+        numpy.random.seed(8)
+        return [*values, function(module, x, held).item()], held.states()
+
+    expected, ends = three_calls(loss)
+    decorated = optimize_nested(loss, backend="eager", capture=capture)
+    values, own_ends = three_calls(decorated)
+    assert values == pytest.approx(expected, rel=1e-9)
+    assert own_ends == ends
+    if capture == "dynamo":
+        assert bool(decorated.steps) == (name in CAPTURED)
+
+
+def test_a_look_at_a_loss_draws_nothing() -> None:
+    @optimize_nested(backend="eager")
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return penalty(net, x * random.random(), torch.sin) * random.uniform(1, 2)
+
+    random.seed(1)
+    before = random.getstate()
+    loss.explain(net(), points())
+    assert random.getstate() == before
+    loss(net(), points())
+    after = random.getstate()
+    random.seed(1)
+    random.random(), random.uniform(1, 2)
+    assert random.getstate() == after
