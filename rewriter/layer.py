@@ -22,6 +22,7 @@ from passes.work import work_of
 from rewriter.as_written import measure
 from rewriter.binding import Towers, bind, bound, forward_of, is_active, is_bound
 from rewriter.capture import compile_function, is_traced
+from rewriter.chain import base_of
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
 from rewriter.flatten import flatten
@@ -38,7 +39,6 @@ from rewriter.stateful import (
     loses_no_grad,
 )
 from rewriter.step import value_only
-from rewriter.tower import CompiledLevel
 from rewriter.tower_report import TowerReport, level_reports
 
 M = TypeVar("M", bound=nn.Module)
@@ -147,7 +147,8 @@ class Tower:
             raise CaptureError(str(error)) from error
         level = Level(flat.module, flat.n_outputs, wanted)
         self.promoted = flat.promoted
-        self.base = CompiledLevel(level, options, flat.updated)
+        carrying, hollow = as_written.reached, as_written.hollow
+        self.base = base_of(level, options, flat.updated, carrying, hollow)
         self.captured = captured
         self._draws = any(is_random(node) for node in flat.module.graph.nodes)
         self._unchecked = options.check

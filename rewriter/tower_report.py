@@ -15,7 +15,8 @@ class LevelReport:
 
     Attributes:
         order: 0 for the module's own value, 1 for a derivative of it, …
-        what: ``"value"``, ``"pullback"``, ``"pushforward"`` or ``"batch"``.
+        what: ``"value"``, ``"pullback"``, ``"pushforward"``; ``"…, continued"`` where a result is
+            computed from another, ``"… of a batch"`` under a vmap.
         flops: Matmul and convolution FLOPs of the graph that has run; 0 if none has.
         nodes: Its operators.
     """
@@ -43,7 +44,9 @@ class TowerReport:
     layers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {sum(level.order == 0 for level in self.levels)} specialisation(s)"]
+        lines = [
+            f"{self.name}: {sum(level.what == 'value' for level in self.levels)} specialisation(s)"
+        ]
         for level in self.levels:
             work = f"{si(level.flops)}FLOP, {level.nodes} operators" if level.nodes else "not run"
             lines.append(f"  {'  ' * level.order}level {level.order}, {level.what}: {work}")
