@@ -22,9 +22,10 @@ from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.generators import undo_draws
 from rewriter.layer import Layers, optimize_class, optimize_module
+from rewriter.leaves import leaves_of
 from rewriter.log import log_built, wanted
 from rewriter.make_report import make_report
-from rewriter.naming import modules_in, named_tensors
+from rewriter.naming import modules_in, named_leaves, named_tensors
 from rewriter.options import Options, make_options
 from rewriter.progress import shown
 from rewriter.recorder import Recorder
@@ -83,18 +84,25 @@ class OptimizedLoss(Specialising):
         """Return the loss and its gradients by name: ``"model.0.weight"``, ``"x"``.
 
         Every parameter of the modules among the arguments and every tensor argument that requires
-        grad has an entry, if the loss depends on it; modules and tensors that the function closes
-        over, reads as globals or through ``self`` count too. No ``.grad`` is touched.
+        grad has an entry, if the loss depends on it; so has whatever else ``backward()`` would give
+        a ``.grad``, by the path that leads to it: what the function closes over, reads as globals
+        or through ``self`` (``self.net.0.weight``) or a helper (``helper.net.0.weight``), and
+        ``leaf.0`` where none is found. No ``.grad`` is touched.
 
         Raises:
             TypeError: The loss returns no tensor to differentiate.
         """
         tensors = named_tensors(self.as_written, args, kwargs)
         value = self(*args, **kwargs)
+        end = _scalar_of(value, self.name)
+        if not end.requires_grad:
+            return value, {}
         # The loss may have called `requires_grad_()` on one of its arguments.
         tensors = {name: x for name, x in tensors.items() if x.requires_grad}
-        end = _scalar_of(value, self.name)
-        if not end.requires_grad or not tensors:
+        named = set(map(id, tensors.values()))
+        others = [x for x in leaves_of(end, tensors.values()) if id(x) not in named]
+        tensors |= named_leaves(self.as_written, args, kwargs, others)
+        if not tensors:
             return value, {}
         grads = torch.autograd.grad(end, list(tensors.values()), allow_unused=True)
         return value, {n: g for n, g in zip(tensors, grads, strict=True) if g is not None}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rewriter.holders import held_by, reached
 
 
 def named_values(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
@@ -42,12 +46,35 @@ def named_tensors(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[
     return found
 
 
+def named_leaves(
+    function: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return tensors by name that `named_tensors` does not know: by the shortest path that leads to
+    them from the call, ``helper.net.0.weight``; without one ``leaf.0``."""
+    missing = {id(leaf): leaf for leaf in leaves}
+    found: dict[str, Tensor] = {}
+    for path, value in reached(_roots(function, args, kwargs)) if missing else ():
+        for name, tensor in _tensors_in(path, value, depth=0):
+            if missing.pop(id(tensor), None) is not None:
+                found[name] = tensor
+        if not missing:
+            break
+    return found | {f"leaf.{i}": leaf for i, leaf in enumerate(missing.values())}
+
+
 def modules_in(function: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.nn.Module]:
-    """Return the modules a call reads."""
-    found = []
-    for name, value in named_values(function, args, kwargs):
-        found.extend(module for _, module in _modules(name, value, depth=4))
-    return list(dict.fromkeys(found))
+    """Return the modules a call can reach."""
+    found = reached(_roots(function, args, kwargs))
+    return [value for _, value in found if isinstance(value, torch.nn.Module)]
+
+
+def _roots(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+    yield from named_values(function, args, kwargs)
+    inner = inspect.unwrap(function)
+    if isinstance(inner, (types.FunctionType, types.MethodType, functools.partial)):
+        yield from held_by(inner)
+    else:
+        yield "self", inner
 
 
 def module_paths(
