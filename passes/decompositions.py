@@ -145,6 +145,12 @@ def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
     written_out = {
         aten._weight_norm_interface.default: _weight_norm,
         aten._linalg_det.default: everywhere.determinant,
+        aten.prod.default: everywhere.product,
+        aten.prod.dim_int: everywhere.product,
+        aten.cumprod.default: everywhere.cumulative_product,
+        aten.logcumsumexp.default: everywhere.logarithmic_sum,
+        aten.sinc.default: everywhere.sinc,
+        aten.mish.default: everywhere.mish,
     }
     return table | _PLAIN | written_out
 
@@ -159,6 +165,9 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     for op in drawn:
         del table[op]
     table.update(_PLAIN)
+    table[aten.log_sigmoid_backward.default] = everywhere.log_sigmoid_backward
+    table[aten.softplus.default] = everywhere.softplus
+    table[aten.softplus_backward.default] = everywhere.softplus_backward
     for kept in (
         aten.max_pool2d_with_indices_backward.default,
         aten.linalg_vector_norm.default,

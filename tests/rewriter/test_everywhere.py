@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import optimize_nested
-from tests.degenerate import FORMS, RIGHT, Case, run_case
+from tests.degenerate import FORMS, RIGHT, Case, run_case, truth
 
 
 def gradient_of(loss: Callable[..., Tensor], *points: Tensor) -> list[Tensor]:
@@ -110,3 +111,76 @@ def test_stress_at_rest() -> None:
     # H = 2 (scale + 1) tr ⊗ tr, of which nine entries are not zero
     torch.testing.assert_close(found[0], torch.tensor(72 * 4.0).double(), rtol=1e-12, atol=0)
     assert found[1].isfinite().all()
+
+
+def _stacked(x: Tensor) -> Tensor:
+    return torch.stack([x, 1 + x, x.sin(), x - 1, x.exp()])
+
+
+# A function of numbers, each by itself, where it is 0/0, has factors that are zero, or overflows.
+OF_NUMBERS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "sinc": (torch.sinc, [0.0, 1e-9, 1e-4, 0.5, 2.0]),
+    "log_sigmoid": (torch.nn.functional.logsigmoid, [0.0, 30.0, -30.0, 800.0, -800.0]),
+    "mish": (torch.nn.functional.mish, [0.0, 30.0, -40.0, 800.0]),
+    "softplus": (torch.nn.functional.softplus, [0.0, -40.0, 100.0, 800.0]),
+    "prod": (lambda x: _stacked(x).prod(0), [0.0, 1.0, -1.0, 2.0]),
+    "prod_of_all": (lambda x: torch.stack([_stacked(v).prod() for v in x.unbind()]), [0.0, 1.0]),
+    "cumprod": (lambda x: _stacked(x).cumprod(0).sum(0), [0.0, 1.0, -1.0, 2.0]),
+    "logcumsumexp": (lambda x: _stacked(x).logcumsumexp(0).sum(0), [0.0, 1.0, -1.0]),
+    "logcumsumexp_of_nothing": (
+        lambda x: torch.stack([torch.full_like(x, -math.inf), x, x * x]).logcumsumexp(0)[1:].sum(0),
+        [0.0, 1.0],
+    ),
+    "powers": (lambda x: x**2 + torch.pow(x, torch.tensor(3.0)) + 2.0**x, [0.0, 1.0]),
+    "norm": (lambda x: torch.stack([x, 1 + x, x * x]).norm(dim=0), [0.0, -1.0]),
+}  # fmt: skip
+
+
+def second_by_gradients(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x, create_graph=True)
+    return h
+
+
+def second_by_both(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def slope(y: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: f(z).sum())(y)
+
+    return torch.func.jvp(slope, (x,), (torch.ones_like(x),))[1]
+
+
+def second_by_tangents(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def slope(y: Tensor) -> Tensor:
+        return torch.func.jvp(f, (y,), (torch.ones_like(y),))[1]
+
+    return torch.func.jvp(slope, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("name", OF_NUMBERS)
+@pytest.mark.parametrize(
+    "second",
+    [
+        second_by_gradients,
+        pytest.param(second_by_both, marks=pytest.mark.slow),
+        pytest.param(second_by_tangents, marks=pytest.mark.slow),
+    ],
+)
+def test_function_of_numbers(name: str, second: Callable[..., Tensor]) -> None:
+    function, points = OF_NUMBERS[name]
+    expected = [truth(Case(name, function, torch.tensor([p]).double(), _ONE)) for p in points]
+
+    def loss(x: Tensor) -> Tensor:
+        return second(function, x)
+
+    x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+    found = optimize_nested(loss, backend="eager", strict=True)(x)
+    found.sum().backward()
+    for at, right in enumerate(expected):
+        assert right is not None
+        first, *higher = (d / 2.5 for d in right)  # the weight of the first result
+        size = 1e-4 * max(1.0, abs(first), *map(abs, higher))
+        assert abs(found[at].item() - higher[0]) < size
+        assert abs(x.grad[at].item() - higher[1]) < size
+
+
+_ONE = torch.ones(1, dtype=torch.float64)
