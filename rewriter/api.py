@@ -120,15 +120,15 @@ class OptimizedLoss(Specialising):
 
     def _report(self, rewritten: Rewritten) -> Report:
         known = [step.rewritten for step in self.steps if step.rewritten is not None]
+        own = [step for step in self.steps if step.rewritten is rewritten]
         if rewritten not in known:
             known.append(rewritten)
         return make_report(
             in_full(rewritten, self.options),
             specialisations=known,
             breaks=[refusal.said for refusal in self.refusals],
-            tiers=[
-                line for step in self.steps if step.rewritten is rewritten for line in step.tiers
-            ],
+            tiers=[line for step in own for line in step.tiers],
+            verified="; ".join(step.verdict.said for step in own if step.verdict is not None),
         )
 
     def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:

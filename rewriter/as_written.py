@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
 from passes.convolutions import any_size_differentiable
 from passes.graph import placeholders
@@ -72,6 +73,20 @@ def run_as_written(
         for position in wanted:
             own[position].requires_grad_()
         return list(captured(*own)), own
+
+
+def run_in_place(captured: GraphModule, inputs: Sequence[Any], *, value_only: bool) -> Any:
+    """Run the captured graph on the caller's own tensors, as the loss would: it writes to them, and
+    its outputs lead to them.
+
+    Args:
+        captured: What Dynamo captured.
+        inputs: Tensors and numbers, one per graph input.
+        value_only: Whether the caller has gradients switched off.
+    """
+    with torch.enable_grad(), without_fused_kernels(), levels_restored():
+        outputs = captured(*inputs)
+    return tree_map_only(Tensor, torch.detach, outputs) if value_only else outputs
 
 
 def gradients_of(

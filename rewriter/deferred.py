@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_map_only
 
 from passes.convolutions import take_any_size
 from passes.custom_rules import CUSTOM
 from passes.graph import placeholders
 from passes.joint import Roles
-from passes.tracing import fake_mode_of, without_fused_kernels
+from passes.tracing import fake_mode_of
 from rewriter import nesting
-from rewriter.as_written import AsWritten
+from rewriter.as_written import AsWritten, run_in_place
 from rewriter.background import Job, queue
 from rewriter.capture import DERIVATIVES, example_of, source_name
 from rewriter.choose import sole_choice
@@ -40,9 +39,10 @@ from rewriter.recurrent import KINDS
 from rewriter.rewrite import Rewritten, decide, prepare
 from rewriter.specialising import gradients_on
 from rewriter.start import waiting
-from rewriter.stateful import levels_restored, set_aside
+from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, Step, explaining, value_only
 from rewriter.twice import is_differentiable_once
+from rewriter.verifying import Verdict
 
 # Of loss and gradients as written, as far as the captured graph tells; to find a form for more may
 # take more than a second.
@@ -158,20 +158,22 @@ class Deferred:
         return self._step(*inputs)
 
     def _as_written(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        with torch.enable_grad(), without_fused_kernels(), levels_restored():
-            outputs = self._written(*inputs)
+        outputs = run_in_place(self._written, inputs, value_only=value_only.get())
         self._calls += 1
         if self._calls == 1:  # the first step has the cores to itself
             queue.submit(self._job)
             waiting.add(self)
-        if value_only.get():
-            return tree_map_only(Tensor, torch.detach, outputs)
         return outputs
 
     @property
     def rewritten(self) -> Rewritten | None:
         """The specialisation; None if its form is not found yet."""
         return self._step.rewritten if self._step else None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What came of comparing it with the loss as written."""
+        return self._step.verdict if self._step else None
 
     @property
     def tiers(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ def make_report(
     specialisations: Sequence[Rewritten] = (),
     breaks: Sequence[str] = (),
     tiers: Sequence[str] = (),
+    verified: str = "",
 ) -> Report:
     """Build the report of a rewritten loss.
 
@@ -36,6 +37,7 @@ def make_report(
         specialisations: All there are so far.
         breaks: Why calls of the loss were not captured.
         tiers: What runs its graphs at present.
+        verified: What came of comparing it with the loss as written.
     """
     taken = rewritten.choice.taken
     hints = size_hints(rewritten.joint)
@@ -64,6 +66,7 @@ def make_report(
         breaks=tuple(breaks),
         recompiles=_recompiles(specialisations),
         tiers=tuple(tiers),
+        verified=verified,
     )
 
 

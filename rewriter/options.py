@@ -15,6 +15,8 @@ BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 STARTS = ("compiled", "tiered")
 CAPTURES = ("dynamo", "trace")
+VERIFY = "OPTIMIZE_NESTED_VERIFY"
+_OFF_WORDS = ("0", "false", "off", "no")
 STRATEGIES = ("auto", "as written", *NAMES)
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("disabled", default=False)
@@ -44,7 +46,11 @@ class Options:
         capture: ``"dynamo"`` traces the loss's Python; ``"trace"`` runs it and records the calls of
             PyTorch that it makes, once for each kind of call.
         strict: Whether anything left as written is an error.
-        check: Whether each new specialisation is compared with the loss as written in float64.
+        verify: Whether each new specialisation is compared with the loss as written at its first
+            call, on the caller's arguments; one that differs runs as written, with a warning. The
+            environment variable ``OPTIMIZE_NESTED_VERIFY=0`` switches it off everywhere.
+        check: Whether each new specialisation is compared with the loss as written in float64; a
+            difference is an error.
         enabled: False calls the loss as written.
     """
 
@@ -55,6 +61,7 @@ class Options:
     strategy: str | Mapping[str, str] = "auto"
     capture: str = "dynamo"
     strict: bool = False
+    verify: bool = True
     check: bool = False
     enabled: bool = True
 
@@ -70,9 +77,16 @@ class Options:
                 _require(f"strategy[{site!r}]", name, STRATEGIES)
         else:
             _require("strategy", self.strategy, STRATEGIES)
-        for name in ("strict", "check", "enabled"):
+        for name in ("strict", "verify", "check", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether specialisations are compared with the loss as written, unless they are checked
+        anyway."""
+        off = os.environ.get(VERIFY, "").strip().lower() in _OFF_WORDS
+        return self.verify and not self.check and not off
 
     @property
     def is_measured(self) -> bool:

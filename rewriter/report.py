@@ -110,6 +110,8 @@ class Report:
         sources: The user's functions that nodes come from.
         breaks: Why calls of the loss were not captured, each kind of call once.
         recompiles: What each specialisation of the loss so far holds for.
+        verified: What came of comparing the specialisation with the loss as written; empty before
+            its first call.
         tiers: With ``start="tiered"``, a line for each graph: whether it runs op by op or compiled,
             and when the switch came.
     """
@@ -140,6 +142,7 @@ class Report:
     breaks: tuple[str, ...] = ()
     recompiles: tuple[str, ...] = ()
     tiers: tuple[str, ...] = ()
+    verified: str = ""
 
     def stage(self, name: str) -> Stage:
         """Return a stage by name.
@@ -234,6 +237,7 @@ class Report:
             "breaks": list(self.breaks),
             "recompiles": list(self.recompiles),
             "tiers": list(self.tiers),
+            "verified": self.verified,
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:

@@ -36,6 +36,8 @@ def text_of(record: dict[str, Any]) -> Text:
         lines = [*_head(record), *_sites(record), *_choices(record), *_stages(record)]
         lines += [*_totals(record["totals"]), *_list("specialisations", record["recompiles"])]
         lines += _list("graphs", record["tiers"])
+        if record["verified"]:
+            lines += _wrapped([("verified: ", "bold")], record["verified"])
     else:
         lines = _not_captured(record)
     breaks = [reason for reason in record["breaks"] if reason != record["reason"]]

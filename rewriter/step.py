@@ -15,9 +15,10 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import is_random, needs, placeholders, results, value_of
 from passes.linearize import Linearization, split
-from rewriter.capture import is_parameter
+from rewriter.as_written import run_in_place
+from rewriter.capture import is_observed, is_parameter
 from rewriter.checking import check_step
-from rewriter.codegen import Compiled
+from rewriter.codegen import Compiled, compile_graph
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.gradients import (
@@ -33,6 +34,7 @@ from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
 from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, levels_restored, unwrap_dead
+from rewriter.verifying import Verdict, tell, verify_code, verify_step
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
 value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
@@ -40,6 +42,9 @@ value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", 
 
 # Whether the caller wants to know what would be run, instead of running it.
 explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
+
+
+_VALUE, _GRADIENTS = "value", "gradients"
 
 
 class Explained(BaseException):
@@ -79,7 +84,8 @@ class Step:
             late = placeholders(rewritten.joint.graph)[n_inputs:]
             self.halves = split(rewritten.joint, late, self.n_early)
             self._ownership = Ownership(roles.n_outputs, None)
-        self._unchecked = options.check
+        self._unchecked = _parts(options)
+        self.verdict: Verdict | None = None
         self._unmeasured = options.is_measured and bool(rewritten.choice.finalists)
         inputs = placeholders(rewritten.derivative.graph)
         tensors = [i for i, x in enumerate(inputs) if isinstance(value_of(x), Tensor)]
@@ -95,13 +101,14 @@ class Step:
         self._backward: Compiled | None = None
         self._value: Compiled | None = None
         self._warnings = list(rewritten.detached)
+        self._is_compared = False
 
     def _compile(self, module: GraphModule, part: str, static: Sequence[int] = ()) -> Compiled:
         name = self.rewritten.function or "the loss"
         return code_for(module, self.options, f"{name} ({part})", self._check_next, static)
 
     def _check_next(self) -> None:
-        self._unchecked = self.options.check
+        self._unchecked = _parts(self.options)
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -132,9 +139,32 @@ class Step:
             self._unmeasured = False
             self._take_fastest(inputs)
         if self._unchecked:
-            self._unchecked = False
-            check_step(self.rewritten, self._run, inputs)
+            self._compare(inputs)
         return self._run(*inputs)
+
+    def _compare(self, inputs: Sequence[Any]) -> None:
+        """Compare what this call runs with the loss as written, if it runs for the first time.
+
+        Raises:
+            CheckFailed: With ``check``, or ``strict``: they differ.
+        """
+        is_value = value_only.get() or not self.roles.differentiable
+        part = _VALUE if is_value else _GRADIENTS
+        if part not in self._unchecked or is_observed():
+            return
+        if self.options.check:
+            self._unchecked -= {part}
+            check_step(self.rewritten, self._run, inputs, value_only=is_value)
+            return
+        self._is_compared = True
+        try:
+            found = verify_step(self.rewritten, self._run, inputs, value_only=is_value)
+        finally:
+            self._is_compared = False
+        tell(found, self.rewritten.function, strict=self.options.strict)
+        self._unchecked -= {part}
+        if self.verdict is None or not self.verdict.told:
+            self.verdict = found
 
     def _take_fastest(self, inputs: Sequence[Any]) -> None:
         """Become the finalist that is the fastest on these inputs; nothing else is changed."""
@@ -157,6 +187,8 @@ class Step:
             self.pull_back(out[self.n_early :], ends)
 
     def _run(self, *inputs: Any) -> Sequence[Any]:
+        if self.verdict is not None and self.verdict.is_wrong:
+            return run_in_place(self.rewritten.captured, inputs, value_only=value_only.get())
         if value_only.get():
             return self.value(inputs)
         if not self.roles.differentiable:
@@ -206,9 +238,34 @@ class Step:
     def pull_back(self, residuals: Sequence[Any], cotangents: Sequence[Tensor]) -> Sequence[Any]:
         """Return the gradients from residuals and cotangents."""
         assert self.halves is not None
+        given = [*residuals, *(c.contiguous() for c in cotangents)]
+        if self._is_compared and self._backward is None:
+            # A call whose gradients nobody may ask for: nothing is compiled for it.
+            return self._op_by_op()(*given)
         if self._backward is None:
             self._backward = self._compile(self.halves.tangent, "backward graph")
-        return self._backward(*residuals, *(c.contiguous() for c in cotangents))
+            if self.options.is_verified and self.options.backend == "inductor":
+                return self._compared_backward(given)
+        return self._backward(*given)
+
+    def _op_by_op(self) -> Compiled:
+        """Return the backward graph, run as it is."""
+        assert self.halves is not None
+        return compile_graph(self.halves.tangent, "eager", self.options.mode, strict=True)
+
+    def _compared_backward(self, given: Sequence[Any]) -> Sequence[Any]:
+        """Return the gradients, compared with what the same graph gives op by op: that is what was
+        compared with the loss as written.
+
+        Raises:
+            CheckFailed: With ``strict``: they differ.
+        """
+        assert self._backward is not None
+        found, verdict = verify_code(self._backward, self._op_by_op(), given, "a gradient")
+        if verdict.is_wrong:
+            self.verdict = verdict
+            tell(verdict, self.rewritten.function, strict=self.options.strict)
+        return found
 
     def reached_from(self, cotangents: Sequence[Tensor | None]) -> set[int] | None:
         """Return the inputs that eager gives a gradient when these outputs are differentiated; None
@@ -217,6 +274,11 @@ class Step:
         if len(given) == len(self.roles.differentiable):
             return None
         return {i for end in given for i in self.rewritten.as_written.reached[end]}
+
+
+def _parts(options: Options) -> frozenset[str]:
+    """Return what is compared with the loss as written when it first runs."""
+    return frozenset({_VALUE, _GRADIENTS} if options.check or options.is_verified else ())
 
 
 def _is_fixed_on_cpu(value: Any) -> bool:

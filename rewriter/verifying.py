@@ -1,0 +1,293 @@
+"""Compare each new specialisation with the loss as written, once, at its first call.
+
+The reference is what Dynamo captured, run under plain autograd on copies of the caller's arguments
+and in their types. What is rounding is found out: where the two are not equal to a few units in the
+last place, the loss as written is run again in float64 and on arguments that differ in their last
+places. What is still different is decided by finite differences (`rewriter.judge`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter import judge
+from rewriter.as_written import gradients_of, run_as_written
+from rewriter.comparing import Difference, Run, from_plain, worst
+from rewriter.dump import dump_failed
+from rewriter.errors import CheckFailed, NestedGradientWarning
+from rewriter.generators import Generators, generators_restored
+from rewriter.log import logger
+from rewriter.rewrite import Rewritten
+from rewriter.stateful import set_aside
+
+PAGE = "docs/wrong_in_pytorch.md"
+_RERUNS = 4
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of comparing a specialisation with the loss as written.
+
+    Attributes:
+        is_wrong: Whether it runs as written from now on.
+        said: What was found, in one line.
+        told: Whether the user is told, beside the report.
+    """
+
+    is_wrong: bool
+    said: str
+    told: bool = False
+
+
+def tell(verdict: Verdict, name: str, *, strict: bool) -> None:
+    """Tell the user what he has to know of a verdict.
+
+    Args:
+        verdict: The verdict.
+        name: The loss's name.
+        strict: Whether a difference is an error.
+
+    Raises:
+        CheckFailed: With ``strict``: the rewritten loss differs from the loss as written.
+    """
+    if not verdict.told:
+        return
+    said = f"{name or 'the loss'}: {verdict.said}"
+    if not verdict.is_wrong:
+        logger.warning(said)
+        return
+    if strict:
+        raise CheckFailed(f"strict=True: {said}")
+    warnings.warn(
+        f"optimize_nested: {said}; it runs as written from now on",
+        NestedGradientWarning,
+        stacklevel=4,
+    )
+
+
+def verify_step(
+    rewritten: Rewritten,
+    run: Callable[..., Sequence[Any]],
+    inputs: Sequence[Any],
+    *,
+    value_only: bool,
+) -> Verdict:
+    """Run a step both ways on copies of ``inputs`` and compare values, gradients, state and random
+    streams; nothing is left changed.
+
+    Args:
+        rewritten: The specialisation.
+        run: Takes the graph's inputs, writes to those that the loss writes to, and returns its
+            outputs; they lead to the gradients.
+        inputs: Those of the call.
+        value_only: Whether gradients are off.
+    """
+    with set_aside(), generators_restored() as start:
+        return _verdict(rewritten, run, inputs, start, value_only=value_only)
+
+
+def _verdict(
+    rewritten: Rewritten,
+    run: Callable[..., Sequence[Any]],
+    inputs: Sequence[Any],
+    start: Generators,
+    *,
+    value_only: bool,
+) -> Verdict:
+    def as_written(given: Sequence[Any]) -> Run:
+        start.set()
+        return plain_run(rewritten, given, value_only=value_only)
+
+    try:
+        plain = as_written(inputs)
+    except RuntimeError as error:
+        return Verdict(False, f"not compared: as written PyTorch raises {_first_line(error)}")
+    start.set()
+    try:
+        ours = rewritten_run(rewritten, run, inputs, value_only=value_only)
+    # Whatever it is that our code raises, the loss as written has just run.
+    except Exception as error:
+        said = f"{_first_line(error)} where the loss as written does not"
+        return _wrong(rewritten, inputs, said)
+    names = names_of(rewritten, value_only=value_only)
+    if worst(from_plain(names, ours, plain)) is None:
+        return Verdict(False, "the same as the loss as written, at the first call")
+    reruns = _reruns(as_written, inputs)
+    found = worst(from_plain(names, ours, plain, reruns))
+    if found is None:
+        return Verdict(False, "the same as the loss as written but for rounding, at the first call")
+    if decided := pytorch_is_wrong(rewritten, inputs, ours, plain):
+        return Verdict(False, f"{found}, and it is PyTorch's that is wrong: {decided}", told=True)
+    return _wrong(rewritten, inputs, str(found))
+
+
+def verify_code(
+    run: Callable[..., Sequence[Any]],
+    reference: Callable[..., Sequence[Any]],
+    inputs: Sequence[Any],
+    what: str,
+) -> tuple[Sequence[Any], Verdict]:
+    """Compare what two functions of the same inputs return; nothing is drawn, written or
+    differentiated in them.
+
+    Args:
+        run: The one in doubt.
+        reference: The one that is right.
+        inputs: What they take.
+        what: What the results are, for the user.
+
+    Returns:
+        The results, those of ``reference`` if they differ, and what was found.
+    """
+    ours, plain = run(*inputs), reference(*inputs)
+    names = [f"{what} ({i})" for i in range(len(plain))]
+
+    def differs(reruns: Sequence[Run] | None) -> Difference | None:
+        return worst(from_plain(names, _filled(ours, plain), _filled(plain, ours), reruns))
+
+    found = differs(None)
+    if found is not None:
+        source = torch.Generator().manual_seed(_SEED)
+        moved = [reference(*(_shaken(x, source) for x in inputs)) for _ in range(_RERUNS)]
+        found = differs([_filled(results, ours) for results in moved])
+    if found is None:
+        return ours, Verdict(False, "the same as the loss as written, at the first call")
+    return plain, Verdict(True, f"{found}. Please report this", told=True)
+
+
+def _filled(results: Sequence[Any], like: Sequence[Any]) -> Run:
+    """Take the absence of a result for zero, where another run has one."""
+    pairs = zip(results, like, strict=True)
+    return Run(
+        [torch.zeros_like(b) if a is None and b is not None else a for a, b in pairs], [], []
+    )
+
+
+def _wrong(rewritten: Rewritten, inputs: Sequence[Any], said: str) -> Verdict:
+    folder = dump_failed(rewritten, inputs)
+    return Verdict(True, f"{said}. Please report this, with {folder}", told=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _reruns(as_written: Callable[[Sequence[Any]], Run], inputs: Sequence[Any]) -> list[Run]:
+    """Return the loss as written in float64, where it runs, and on inputs that are moved in their
+    last places."""
+    runs: list[Run] = []
+    with contextlib.suppress(RuntimeError):  # a type is burned in
+        runs.append(as_written([judge.widened(x) for x in inputs]))
+    source = torch.Generator().manual_seed(_SEED)
+    for _ in range(_RERUNS):
+        with contextlib.suppress(RuntimeError):  # an error of linear algebra, say
+            runs.append(as_written([_shaken(x, source) for x in inputs]))
+    return runs
+
+
+def _shaken(x: Any, source: torch.Generator) -> Any:
+    """Move a tensor by up to two units in the last place."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    unit = torch.finfo(x.dtype).eps
+    moves = torch.rand(x.shape, generator=source, dtype=torch.float64).to(x.device)
+    return (x.detach() * (1 + (4 * moves - 2) * unit)).to(x.dtype)
+
+
+def pytorch_is_wrong(
+    rewritten: Rewritten, inputs: Sequence[Any], ours: Run, plain: Run
+) -> str | None:
+    """Return by which numbers PyTorch's derivatives are wrong and ours right; None if that is not
+    so, or not decided.
+
+    Args:
+        rewritten: The specialisation.
+        inputs: Those that it was run on.
+        ours: What it gave.
+        plain: What PyTorch gave.
+    """
+    graph = judge.widened_graph(rewritten.derivative)
+    wide = [judge.widened(x) for x in inputs]
+    differentiable, wanted = rewritten.roles.differentiable, rewritten.roles.wanted
+
+    def value(moved: Sequence[Any]) -> Tensor:
+        found = judge.run(graph, moved)
+        return torch.stack([found[i].sum().real for i in differentiable]).sum()
+
+    try:
+        exact = judge.check_sites(graph, wide)
+        pairs = zip(ours.values, plain.values, exact, strict=False)
+        if not all(is_near(mine, right) for mine, _, right in pairs):
+            return None
+        if not ours.grads:
+            return f"each derivative in it agrees with finite differences here; see {PAGE}"
+        numbers = judge.nearer(value, wide, wanted, ours.grads, plain.grads)
+    # An operator that float64 is no input of is no case for finite differences either.
+    except (judge.Undecided, RuntimeError):
+        return None
+    right, by_ours, by_plain = numbers
+    off, off_as_written = abs(right - by_ours), abs(right - by_plain)
+    if off > 1e-3 * max(abs(right), abs(by_ours)) or off_as_written < 10 * off:
+        return None
+    return (
+        f"along the direction in which the gradients differ, finite differences give {right:.6g}, "
+        f"ours {by_ours:.6g}, PyTorch's {by_plain:.6g}; see {PAGE}"
+    )
+
+
+def is_near(mine: Any, exact: Any) -> bool:
+    """Whether a result is that of float64, to half of the digits of its type."""
+    if not isinstance(mine, Tensor):
+        return True
+    rough = torch.finfo(mine.dtype).eps ** 0.5 if mine.is_floating_point() else 0.0
+    size = float(exact.abs().max()) if exact.numel() else 0.0
+    return bool(((judge.widened(mine) - exact).abs() <= rough * size).all())
+
+
+def plain_run(rewritten: Rewritten, inputs: Sequence[Any], *, value_only: bool = False) -> Run:
+    """Run the loss as written on copies of ``inputs``."""
+    roles = rewritten.roles
+    start = [i for i in roles.wanted if i not in rewritten.flat.promoted]
+    values, own = run_as_written(rewritten.captured, inputs, start)
+    grads = [] if value_only else gradients_of(values, [own[i] for i in roles.wanted])
+    return Run(values, grads, [own[i] for i in roles.updated], Generators.now())
+
+
+def rewritten_run(
+    rewritten: Rewritten,
+    run: Callable[..., Sequence[Any]],
+    inputs: Sequence[Any],
+    *,
+    value_only: bool = False,
+) -> Run:
+    """Run a step on copies of ``inputs``."""
+    own = copies(rewritten, inputs)
+    values = list(run(*own))
+    wanted = [own[i] for i in rewritten.roles.wanted]
+    grads = [] if value_only else gradients_of(values, wanted)
+    return Run(values, grads, [own[i] for i in rewritten.roles.updated], Generators.now())
+
+
+def copies(rewritten: Rewritten, inputs: Sequence[Any]) -> list[Any]:
+    """Return copies of a step's inputs, as leaves."""
+    own = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+    for position in rewritten.roles.wanted:
+        own[position].requires_grad_()
+    return own
+
+
+def names_of(rewritten: Rewritten, *, value_only: bool = False) -> list[str]:
+    """Return what each of a run's results is."""
+    roles, inputs = rewritten.roles, rewritten.names
+    names = [f"output {i}" for i in range(roles.n_outputs)]
+    if not value_only:
+        names += [f"the gradient of {inputs[i]}" for i in roles.wanted]
+    return [*names, *(f"the new value of {inputs[i]}" for i in roles.updated)]
