@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -13,8 +14,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.vmap import restore_vmap
 from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import preserve_node_meta
@@ -47,6 +50,17 @@ def without_fused_kernels() -> Iterator[None]:
             yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
+def values_unknown() -> Iterator[None]:
+    """Keep a trace from computing with the value of a tensor of one element that it knows: what a
+    loss differentiates at is no constant, and a mark cannot run."""
+    with (
+        patch.object(proxy_tensor, "CONSTANT_NUMEL_LIMIT", -1),
+        patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", -1),
+    ):
+        yield
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> GraphModule:

@@ -27,6 +27,7 @@ from passes.markers import (
     stop_mark,
     tangent_mark,
 )
+from passes.tracing import values_unknown
 from rewriter import nesting
 from rewriter.capture import example_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
@@ -247,7 +248,8 @@ class Marking(Interpreter):
                 raise CaptureError("requires_grad is switched off on an input", where(node))
             self.env[source] = self.raw[source]
         else:
-            self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
+            with values_unknown():
+                self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
             self.memory.add(source, copied=True)
         self.memory.add(node, copied=True)
         self.memory.owner[node] = self.memory.owner[source]
@@ -402,7 +404,8 @@ class Marking(Interpreter):
             predispatch._add_batch_dim(torch.zeros(size), 0, level)
             for level, size in (self.vmaps if self.expand_points else ())
         ]
-        return point_mark(x, anchors)
+        with values_unknown():
+            return point_mark(x, anchors)
 
     # derivatives
 

@@ -119,3 +119,16 @@ def inner(net: nn.Module, xy: Tensor) -> Tensor:
 
 def test_value_of_an_inner_derivative() -> None:
     check(inner, [network()], points(), strategy="taylor")
+
+
+def at_a_number(net: nn.Module, xy: Tensor) -> Tensor:
+    """The point is made inside: its one value is known to the trace, and is no constant of it."""
+
+    def energy(scale: Tensor) -> Tensor:
+        return net(xy * scale.square()).sin().sum()
+
+    return torch.func.hessian(energy)(torch.tensor(0.5, dtype=xy.dtype)).sum()
+
+
+def test_point_of_one_number() -> None:
+    check(at_a_number, [network()], points())
