@@ -295,6 +295,13 @@ class _Recorder(Interpreter):
         return list(out), [self.env[node] for node in self.kept]
 
 
+def run_and_keep(
+    graph: GraphModule, kept: Sequence[Node], values: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Run a graph; return its results, and the values of some of its nodes."""
+    return _Recorder(graph, kept).run_and_keep(values)
+
+
 def _pulled_back(
     level: Level,
     residuals: Sequence[Node],

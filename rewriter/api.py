@@ -51,7 +51,7 @@ class OptimizedLoss(Specialising):
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         super().__init__(function, options, Layers(options))
         if options.capture == "trace":
-            how: Any = {"check": options.check, "dynamic": options.dynamic}
+            how: Any = {"check": options.check or options.is_verified, "dynamic": options.dynamic}
             self._new = functools.partial(Recorder, function, self._built, **how)
             self._compiled = self._new()
 

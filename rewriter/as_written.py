@@ -4,7 +4,7 @@ and absent gradients."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class AsWritten:
 
 
 def run_as_written(
-    captured: GraphModule, inputs: Sequence[Any], wanted: Sequence[int]
+    captured: Callable[..., Any], inputs: Sequence[Any], wanted: Sequence[int]
 ) -> tuple[list[Any], list[Any]]:
     """Run the captured graph on leaves made of ``inputs``; return its outputs and the leaves.
 

@@ -20,6 +20,7 @@ from rewriter.gradients import own_tensors
 from rewriter.options import Options
 from rewriter.stateful import is_inside_level
 from rewriter.tower import CompiledLevel
+from rewriter.watching import Watch
 
 
 def base_of(
@@ -28,6 +29,7 @@ def base_of(
     updated: Sequence[int],
     carrying: Collection[int],
     hollow: Collection[int],
+    watch: Watch | None,
 ) -> CompiledLevel:
     """Return level 0 of a tower, in segments where it takes several.
 
@@ -37,12 +39,13 @@ def base_of(
         updated: Positions of the inputs that it writes to.
         carrying: Positions of the outputs that require grad as written.
         hollow: Those of them that lead to no input, but to a leaf that the module makes.
+        watch: Compares its derivatives with autograd's, if asked for.
     """
     found = results(level.graph.graph)
     cuts = read_results(level.graph, {found[i] for i in carrying if isinstance(found[i], Node)})
     if not cuts and not hollow:
-        return CompiledLevel(level, options, updated)
-    return Chain(level, options, updated, cuts, {found[i] for i in hollow})
+        return CompiledLevel(level, options, updated, watch)
+    return Chain(level, options, updated, watch, cuts, {found[i] for i in hollow})
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Chain(CompiledLevel):
         level: The whole.
         options: How it is optimised.
         updated: Positions of the inputs that it writes to.
+        watch: Compares its derivatives with autograd's, if asked for.
         cuts: The results that others are computed from.
         hollow: The results that require grad and lead to no input.
     """
@@ -71,10 +75,11 @@ class Chain(CompiledLevel):
         level: Level,
         options: Options,
         updated: Sequence[int],
+        watch: Watch | None,
         cuts: Sequence[Node],
         hollow: Collection[Node],
     ) -> None:
-        super().__init__(level, options, updated)
+        super().__init__(level, options, updated, watch)
         module = level.graph
         inputs, found = placeholders(module.graph), results(module.graph)
         active = active_nodes(module, {*(inputs[i] for i in level.wanted), *hollow})
@@ -82,7 +87,8 @@ class Chain(CompiledLevel):
         self._parts: list[_Part] = []
         for segment in segments(module, cuts):
             wanted = [i for i, node in enumerate(segment.takes) if node in active]
-            part = CompiledLevel(Level(segment.module, len(segment.gives), wanted), options)
+            own = Level(segment.module, len(segment.gives), wanted)
+            part = CompiledLevel(own, options, watch=watch)
             takes = tuple(at[node] for node in segment.takes)
             at |= {node: len(at) + i for i, node in enumerate(segment.gives)}
             begins = tuple(at[node] for node in segment.gives if node in hollow)

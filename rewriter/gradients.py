@@ -18,7 +18,7 @@ from rewriter.batched import one_by_one
 
 _uses: Any = Tensor._use_count  # pyright: ignore[reportAttributeAccessIssue]
 _storage_uses: Any = torch._C._storage_Use_Count
-_is_legacy_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+is_legacy_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 _is_wrapped_tensor: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _may_run_again: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,7 +110,7 @@ def _is_one(cotangent: Tensor) -> bool:
     return (
         cotangent.is_cpu
         and type(cotangent) is Tensor
-        and not _is_legacy_batch(cotangent)
+        and not is_legacy_batch(cotangent)
         and not _is_wrapped_tensor(cotangent)
         and _modes() == 0
         and cotangent.item() == 1

@@ -19,9 +19,9 @@ from passes.graph import is_random, placeholders
 from passes.levels import Level
 from passes.nest import NotNested, active_nodes, nest
 from passes.work import work_of
-from rewriter.as_written import measure
+from rewriter.as_written import measure, run_in_place
 from rewriter.binding import Towers, bind, bound, forward_of, is_active, is_bound
-from rewriter.capture import compile_function, is_traced
+from rewriter.capture import compile_function, is_observed, is_traced
 from rewriter.chain import base_of
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
@@ -40,6 +40,8 @@ from rewriter.stateful import (
 )
 from rewriter.step import value_only
 from rewriter.tower_report import TowerReport, level_reports
+from rewriter.verifying import verify_layer
+from rewriter.watching import Watch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,7 +76,7 @@ class OptimizedForward(Specialising):
         self._classes: set[type] = set()
 
     def _build(self, captured: GraphModule) -> Callable[..., Any]:
-        tower = Tower(captured, self.options)
+        tower = Tower(captured, self.options, self.name)
         if self._may_be_small and (work := work_of(tower.base.level)).is_too_little:
             raise TooLittleWork(str(work))
         return tower
@@ -133,7 +135,7 @@ class Tower:
     order; each derivative is a graph of its own, made and compiled when it is first asked for.
     """
 
-    def __init__(self, captured: GraphModule, options: Options) -> None:
+    def __init__(self, captured: GraphModule, options: Options, name: str) -> None:
         keep_numbers(captured)
         flat = flatten(captured)
         as_written = measure(captured, flat.promoted)
@@ -147,8 +149,11 @@ class Tower:
             raise CaptureError(str(error)) from error
         level = Level(flat.module, flat.n_outputs, wanted)
         self.promoted = flat.promoted
+        self._uncompared = frozenset({True, False} if options.is_verified else ())
+        self.watch = Watch(captured, level, name, options.strict)
+        watch = self.watch if self._uncompared else None
         carrying, hollow = as_written.reached, as_written.hollow
-        self.base = base_of(level, options, flat.updated, carrying, hollow)
+        self.base = base_of(level, options, flat.updated, carrying, hollow, watch)
         self.captured = captured
         self._draws = any(is_random(node) for node in flat.module.graph.nodes)
         self._unchecked = options.check
@@ -160,9 +165,35 @@ class Tower:
         if self._unchecked:
             self._unchecked = False
             check_layer(self.captured, self.base, inputs, self.base.level.wanted, self.base.updated)
+        if self._uncompared:
+            self._compare(inputs)
+        if self.watch.is_wrong:
+            return run_in_place(self.captured, inputs, value_only=value_only.get())
         for position in self.promoted:
             inputs[position].requires_grad_()
         return self.base.value(inputs) if value_only.get() else self.base(*inputs)
+
+    def _compare(self, inputs: Sequence[Any]) -> None:
+        """Compare what this call runs with the module as written, if it runs for the first time.
+
+        Raises:
+            CheckFailed: With ``strict``: they differ.
+        """
+        level = self.base.level
+        is_value = value_only.get() or not any(inputs[i].requires_grad for i in level.wanted)
+        if is_value not in self._uncompared or is_observed():
+            return
+        run: Any = (lambda *own: self.base.value(own)) if is_value else self.base
+        found = verify_layer(
+            self.captured,
+            run,
+            inputs,
+            level.wanted,
+            self.base.updated,
+            value_only=is_value,
+        )
+        self.watch.found(found)
+        self._uncompared -= {is_value}
 
     def _inside_transforms(self, stand_ins: StandIns, inputs: Sequence[Any]) -> Sequence[Any]:
         """Call the tower with what its inputs stand for.
@@ -170,6 +201,8 @@ class Tower:
         Raises:
             CaptureError: The module draws or writes to its state, where PyTorch does otherwise.
         """
+        if self.watch.is_wrong:
+            raise CaptureError("the compiled module differs from the module as written")
         with stand_ins.lifted():
             real = stand_ins.behind(inputs)
             written = [real[i] for i in self.base.updated]

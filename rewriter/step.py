@@ -261,7 +261,7 @@ class Step:
             CheckFailed: With ``strict``: they differ.
         """
         assert self._backward is not None
-        found, verdict = verify_code(self._backward, self._op_by_op(), given, "a gradient")
+        found, verdict = verify_code(self._backward(*given), self._op_by_op(), given, "a gradient")
         if verdict.is_wrong:
             self.verdict = verdict
             tell(verdict, self.rewritten.function, strict=self.options.strict)

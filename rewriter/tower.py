@@ -18,22 +18,32 @@ from passes.simplify.zeros import zero_nodes
 from passes.tracing import AnySize
 from rewriter.batched import one_by_one
 from rewriter.codegen import Compiled
-from rewriter.gradients import own_tensors
+from rewriter.gradients import is_legacy_batch, own_tensors
 from rewriter.options import Options
 from rewriter.start import code_for
 from rewriter.stateful import (
     is_inside_level,
     is_inside_transform,
+    is_wrapped,
     set_aside,
     unwrap_dead,
+    without_saved_tensor_hooks,
 )
+from rewriter.watching import Seen, Watch, compared
 
 
 class CompiledLevel:
     """A level of a tower and the code for it, made when it is first needed."""
 
-    def __init__(self, level: Level, options: Options, updated: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        level: Level,
+        options: Options,
+        updated: Sequence[int] = (),
+        watch: Watch | None = None,
+    ) -> None:
         self.level, self.options, self.updated = level, options, tuple(updated)
+        self.watch, self._compared = watch, set[Any]()
         self._value: Compiled | None = None
         self._primal: Compiled | None = None
         self._derivatives: dict[Any, CompiledLevel] = {}
@@ -88,7 +98,8 @@ class CompiledLevel:
 
     def _above(self, key: Any, make: Callable[[], Level]) -> CompiledLevel:
         with set_aside():
-            made = self._derivatives[key] = CompiledLevel(make(), self.options)
+            made = CompiledLevel(make(), self.options, watch=self.watch)
+            self._derivatives[key] = made
         return made
 
     def batched(self, size: int, over: tuple[int, ...]) -> Batched:
@@ -108,6 +119,35 @@ class CompiledLevel:
             batched = Batched(self.level, several or OneSize(size), over, self.options)
         found.append(batched)
         return batched
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether no pullback of this level has been compared with autograd's."""
+        return self.watch is not None and not self._compared
+
+    def compared(
+        self,
+        ctx: Any,
+        given: tuple[Cotangent, ...],
+        needed: tuple[int, ...],
+        cotangents: Sequence[Tensor],
+        grads: Sequence[Any],
+    ) -> Sequence[Any]:
+        """Return a pullback, compared with autograd's if it is the first of its kind."""
+        if self.watch is None or (given, needed) in self._compared:
+            return grads
+        if any(is_wrapped(c) or is_legacy_batch(c) for c in cotangents):
+            return grads
+        inputs = [*ctx.saved_tensors[ctx.n_saved :]]
+        for i, x in enumerate(ctx.seen.inputs):
+            if inputs[i] is None or i in self.updated:
+                inputs[i] = x
+        with without_saved_tensor_hooks():
+            out = compared(
+                self.watch, self.level, ctx.seen, given, needed, cotangents, grads, inputs
+            )
+        self._compared.add((given, needed))
+        return out
 
     def graphs(self) -> list[GraphModule]:
         """Return the graphs that code was made for."""
@@ -196,12 +236,14 @@ class _Call:
     Attributes:
         compiled: The level.
         targets: The inputs that the call writes to.
+        seen: The call, where its derivatives are to be compared with autograd's.
     """
 
-    __slots__ = ("compiled", "targets")
+    __slots__ = ("compiled", "seen", "targets")
 
     def __init__(self, compiled: CompiledLevel, targets: Sequence[Tensor]) -> None:
         self.compiled, self.targets = compiled, targets
+        self.seen: Seen | None = None
 
 
 class _LevelFunction(torch.autograd.Function):
@@ -209,7 +251,10 @@ class _LevelFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return call.compiled.primal(inputs, call.targets)
+        compiled = call.compiled
+        if compiled.is_unknown and not is_inside_level():
+            call.seen = Seen.of(compiled.level, inputs, compiled.updated)
+        return compiled.primal(inputs, call.targets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Any]) -> None:
@@ -217,8 +262,12 @@ class _LevelFunction(torch.autograd.Function):
         compiled: CompiledLevel = inputs[0].compiled
         level = compiled.level
         ctx.compiled, ctx.n_inputs = compiled, len(inputs) - 1
+        ctx.seen = inputs[0].seen
         saved = [inputs[i + 1] for i in level.kept]
         saved += output[level.n_outputs :]
+        ctx.n_saved = len(saved)
+        if ctx.seen is not None:
+            saved += inputs[1:]
         ctx.plain = {i: x for i, x in enumerate(saved) if not isinstance(x, Tensor)}
         for i in ctx.plain:
             saved[i] = None
@@ -251,6 +300,8 @@ class _LevelFunction(torch.autograd.Function):
         above = compiled.pullback(given, needed)
         saved = _saved(ctx)
         found = one_by_one(lambda *c: above(*saved, *c), dense)
+        if ctx.seen is not None:
+            found = compiled.compared(ctx, given, needed, dense, found)
         grads: list[Any] = list(none)
         for position, grad in zip(needed, found, strict=True):
             grads[position + 1] = grad
@@ -316,6 +367,8 @@ def _saved(ctx: Any) -> Sequence[Any]:
     saved = ctx.saved_tensors
     if ctx.plain:
         saved = [ctx.plain.get(i, x) for i, x in enumerate(saved)]
+    if ctx.seen is not None:
+        saved = saved[: ctx.n_saved]
     return unwrap_dead(saved) if ctx.is_inside else saved
 
 

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from passes.graph import placeholders
 from rewriter import judge
 from rewriter.as_written import gradients_of, run_as_written
+from rewriter.capture import source_name
 from rewriter.comparing import Difference, Run, from_plain, worst
 from rewriter.dump import dump_failed
 from rewriter.errors import CheckFailed, NestedGradientWarning
@@ -45,6 +48,9 @@ class Verdict:
     is_wrong: bool
     said: str
     told: bool = False
+
+
+SAME = Verdict(False, "the same as the loss as written, at the first call")
 
 
 def tell(verdict: Verdict, name: str, *, strict: bool) -> None:
@@ -118,48 +124,62 @@ def _verdict(
         said = f"{_first_line(error)} where the loss as written does not"
         return _wrong(rewritten, inputs, said)
     names = names_of(rewritten, value_only=value_only)
-    if worst(from_plain(names, ours, plain)) is None:
-        return Verdict(False, "the same as the loss as written, at the first call")
-    reruns = _reruns(as_written, inputs)
-    found = worst(from_plain(names, ours, plain, reruns))
+    found = differs(names, ours, plain, as_written, inputs)
     if found is None:
-        return Verdict(False, "the same as the loss as written but for rounding, at the first call")
+        return SAME
     if decided := pytorch_is_wrong(rewritten, inputs, ours, plain):
         return Verdict(False, f"{found}, and it is PyTorch's that is wrong: {decided}", told=True)
     return _wrong(rewritten, inputs, str(found))
 
 
+def differs(
+    names: Sequence[str],
+    ours: Run,
+    plain: Run,
+    as_written: Callable[[Sequence[Any]], Run],
+    inputs: Sequence[Any],
+) -> Difference | None:
+    """Return the largest difference between two runs that is no rounding.
+
+    Args:
+        names: What each result is.
+        ours: The run in doubt.
+        plain: The loss as written, on the same inputs.
+        as_written: Runs it on others; it is run only if the two are not nearly equal.
+        inputs: Those of the two runs.
+    """
+    if worst(from_plain(names, ours, plain)) is None:
+        return None
+    return worst(from_plain(names, ours, plain, _reruns(as_written, inputs)))
+
+
 def verify_code(
-    run: Callable[..., Sequence[Any]],
+    ours: Sequence[Any],
     reference: Callable[..., Sequence[Any]],
     inputs: Sequence[Any],
     what: str,
 ) -> tuple[Sequence[Any], Verdict]:
-    """Compare what two functions of the same inputs return; nothing is drawn, written or
-    differentiated in them.
+    """Compare results with those of another function of the same inputs.
 
     Args:
-        run: The one in doubt.
-        reference: The one that is right.
-        inputs: What they take.
+        ours: The results in doubt; None counts as zero.
+        reference: The function that is right; nothing is written in it.
+        inputs: What it takes.
         what: What the results are, for the user.
 
     Returns:
         The results, those of ``reference`` if they differ, and what was found.
     """
-    ours, plain = run(*inputs), reference(*inputs)
+
+    def as_written(given: Sequence[Any]) -> Run:
+        return _filled(reference(*given), ours)
+
+    plain = reference(*inputs)
     names = [f"{what} ({i})" for i in range(len(plain))]
-
-    def differs(reruns: Sequence[Run] | None) -> Difference | None:
-        return worst(from_plain(names, _filled(ours, plain), _filled(plain, ours), reruns))
-
-    found = differs(None)
-    if found is not None:
-        source = torch.Generator().manual_seed(_SEED)
-        moved = [reference(*(_shaken(x, source) for x in inputs)) for _ in range(_RERUNS)]
-        found = differs([_filled(results, ours) for results in moved])
+    own = _filled(ours, plain)
+    found = differs(names, own, _filled(plain, ours), as_written, inputs)
     if found is None:
-        return ours, Verdict(False, "the same as the loss as written, at the first call")
+        return ours, SAME
     return plain, Verdict(True, f"{found}. Please report this", told=True)
 
 
@@ -169,6 +189,50 @@ def _filled(results: Sequence[Any], like: Sequence[Any]) -> Run:
     return Run(
         [torch.zeros_like(b) if a is None and b is not None else a for a, b in pairs], [], []
     )
+
+
+def verify_layer(
+    captured: GraphModule,
+    run: Callable[..., Sequence[Any]],
+    inputs: Sequence[Any],
+    wanted: Sequence[int],
+    updated: Sequence[int],
+    *,
+    value_only: bool,
+) -> Verdict:
+    """Run a module's call both ways on copies of ``inputs`` and compare values, state and random
+    streams; nothing is left changed. Its derivatives are compared when they are first asked for.
+
+    Args:
+        captured: The call as Dynamo captured it.
+        run: Takes the graph's inputs and returns its outputs.
+        inputs: Those of the call.
+        wanted: Positions of the inputs that a derivative can be asked for.
+        updated: Positions of the inputs that the module writes to.
+        value_only: Whether gradients are off.
+    """
+    with set_aside(), generators_restored() as start:
+
+        def once(function: Callable[..., Sequence[Any]], given: Sequence[Any]) -> Run:
+            start.set()
+            leaves = [i for i in wanted if inputs[i].requires_grad]
+            values, own = run_as_written(function, given, leaves)
+            return Run(values, [], [own[i] for i in updated], Generators.now())
+
+        def as_written(given: Sequence[Any]) -> Run:
+            return once(captured, given)
+
+        try:
+            plain = as_written(inputs)
+        except RuntimeError as error:
+            return Verdict(False, f"not compared: as written PyTorch raises {_first_line(error)}")
+        ours = once(run, inputs)
+        names = [f"output {i}" for i in range(len(plain.values))]
+        names += [
+            f"the new value of {source_name(placeholders(captured.graph)[i])}" for i in updated
+        ]
+        found = differs(names, ours, plain, as_written, inputs)
+    return SAME if found is None else Verdict(True, f"{found}. Please report this", told=True)
 
 
 def _wrong(rewritten: Rewritten, inputs: Sequence[Any], said: str) -> Verdict:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import hessian, vmap
 
+import rewriter.tower
 from rewriter import CheckFailed, NestedGradientWarning, judge, optimize_nested
 from rewriter.comparing import Run, from_plain, worst
 from tests.oracle import assert_same, outcome
@@ -216,3 +219,43 @@ def test_first_call_with_transforms() -> None:
     assert_same(
         outcome(optimize_nested(per_sample, backend="eager"), [net()], (points(),), {}), expected
     )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_towers(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of a tower's graphs is wrong, value or pullback of any order: the module's own
+    numbers, and one warning."""
+    made: list[int] = []
+    right = rewriter.tower.code_for
+
+    def sometimes_wrong(*args: Any) -> Any:
+        code = right(*args)
+        made.append(len(made))
+        if made[-1] != number:
+            return code
+        return lambda *inputs: [
+            x * 1.01 if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in code(*inputs)
+        ]
+
+    monkeypatch.setattr("rewriter.tower.code_for", sometimes_wrong)
+
+    def step(module: nn.Module) -> list[Tensor]:
+        p = points().requires_grad_()
+        u = module(p)
+        (g,) = torch.autograd.grad(u.sum(), p, create_graph=True)
+        (((g - 1) ** 2).sum() + u.square().sum()).backward()
+        found = [x.grad for x in (*module.parameters(), p) if x.grad is not None]
+        module.zero_grad()
+        return [*found, u.detach(), g.detach()]
+
+    expected = step(net())
+    module = optimize_nested(net(), backend="eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", NestedGradientWarning)
+        for _ in range(3):
+            for mine, reference in zip(step(module), expected, strict=True):
+                assert torch.allclose(mine, reference, rtol=1e-11)
+    assert len(made) > number, "the graph that should be wrong was never made"
+    ours = [w for w in said if issubclass(w.category, NestedGradientWarning)]
+    assert len(ours) == 1 and "differs from the loss as written" in str(ours[0].message)

@@ -1,0 +1,179 @@
+"""Compare the derivatives of a tower with plain autograd when each is first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.graph import is_random
+from passes.levels import Cotangent, Level, run_and_keep
+from passes.tracing import without_fused_kernels
+from rewriter.generators import Generators, generators_restored
+from rewriter.stateful import levels_restored
+from rewriter.verifying import SAME, Verdict, tell, verify_code
+
+
+@dataclass
+class Watch:
+    """What is known of a tower's numbers.
+
+    Attributes:
+        captured: The module's call as Dynamo captured it.
+        base: The level that it is.
+        name: The module, for messages.
+        strict: Whether a difference is an error.
+        verdict: What came of comparing it with itself as written; None before its first call.
+    """
+
+    captured: GraphModule
+    base: Level
+    name: str
+    strict: bool
+    verdict: Verdict | None = None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the module runs as written from now on."""
+        return self.verdict is not None and self.verdict.is_wrong
+
+    def found(self, verdict: Verdict) -> None:
+        """Take note of a verdict.
+
+        Raises:
+            CheckFailed: With ``strict``: the tower differs from the module as written.
+        """
+        tell(verdict, self.name, strict=self.strict)
+        if not self.is_wrong:
+            self.verdict = verdict
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a level, to be run again.
+
+    Attributes:
+        inputs: What it was called with, before it wrote to any.
+        start: Where the random generators began, if it draws.
+    """
+
+    inputs: list[Any]
+    start: Generators | None
+
+    @staticmethod
+    def of(level: Level, inputs: Sequence[Any], updated: Sequence[int]) -> Seen:
+        """Keep a call that is about to run."""
+        own = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        for i in updated:
+            own[i] = own[i].clone()
+        draws = any(is_random(node) for node in level.graph.graph.nodes)
+        return Seen(own, Generators.now() if draws else None)
+
+
+def compared(
+    watch: Watch,
+    level: Level,
+    seen: Seen,
+    given: Sequence[Cotangent],
+    needed: Sequence[int],
+    cotangents: Sequence[Tensor],
+    ours: Sequence[Any],
+    inputs: Sequence[Any],
+) -> Sequence[Any]:
+    """Return a pullback; where it is not that of autograd, autograd's.
+
+    Args:
+        watch: What is known of the tower.
+        level: The level that is pulled back.
+        seen: Its call.
+        given: What is known of each cotangent, of outputs and residuals.
+        needed: Positions of the inputs whose gradients are asked for.
+        cotangents: Those that are given.
+        ours: The gradients.
+        inputs: Those of the call, as autograd knows them.
+
+    Raises:
+        CheckFailed: With ``strict``: the two differ.
+    """
+
+    def reference(*values: Any) -> list[Any]:
+        own = [x.detach() if isinstance(x, Tensor) else x for x in values[: len(seen.inputs)]]
+        for i in needed:
+            own[i].requires_grad_()
+        return _pulled_back(watch, level, seen, given, needed, own, values[len(own) :])
+
+    found, verdict = verify_code(
+        ours, reference, [*seen.inputs, *cotangents], "a gradient of a module"
+    )
+    if watch.verdict in (None, SAME) or verdict.is_wrong:
+        watch.found(verdict)
+    if not (verdict.is_wrong and torch.is_grad_enabled()):
+        return found
+    own = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
+    for i in needed:
+        if not own[i].requires_grad:
+            own[i] = own[i].detach().requires_grad_()
+    return _pulled_back(watch, level, seen, given, needed, own, cotangents)
+
+
+def _pulled_back(
+    watch: Watch,
+    level: Level,
+    seen: Seen,
+    given: Sequence[Cotangent],
+    needed: Sequence[int],
+    own: list[Any],
+    cotangents: Sequence[Tensor],
+) -> list[Any]:
+    create_graph = torch.is_grad_enabled()
+    with _as_then(seen.start), torch.enable_grad(), without_fused_kernels(), levels_restored():
+        ends = _ends(watch, level, given, own)
+        seeds = iter(cotangents)
+        pairs = [
+            (end, next(seeds))
+            for end, kind in zip(ends, given, strict=False)
+            if kind is Cotangent.GIVEN
+        ]
+        pairs = [(end, seed) for end, seed in pairs if end.requires_grad]
+        if not pairs:
+            return [None] * len(needed)
+        return list(
+            torch.autograd.grad(
+                [end for end, _ in pairs],
+                [own[i] for i in needed],
+                [seed for _, seed in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+
+
+def _ends(
+    watch: Watch, level: Level, given: Sequence[Cotangent], own: Sequence[Any]
+) -> Sequence[Any]:
+    """Return outputs and residuals; the module's own outputs where no residual has a cotangent."""
+    if level is watch.base and all(
+        kind is not Cotangent.GIVEN for kind in given[level.n_outputs :]
+    ):
+        # It writes to its state.
+        return list(watch.captured(*(_copied(x) for x in own)))
+    outputs, residuals = run_and_keep(level.graph, level.residuals, own)
+    return [*outputs[: level.n_outputs], *residuals]
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+@contextlib.contextmanager
+def _as_then(start: Generators | None) -> Iterator[None]:
+    if start is None:
+        yield
+        return
+    with generators_restored(start):
+        yield
