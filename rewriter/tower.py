@@ -140,7 +140,7 @@ class CompiledLevel:
             return grads
         inputs = [*ctx.saved_tensors[ctx.n_saved :]]
         for i, x in enumerate(ctx.seen.inputs):
-            if inputs[i] is None or i in self.updated:
+            if inputs[i] is None:
                 inputs[i] = x
         with without_saved_tensor_hooks():
             out = compared(
@@ -267,7 +267,7 @@ class _LevelFunction(torch.autograd.Function):
         saved += output[level.n_outputs :]
         ctx.n_saved = len(saved)
         if ctx.seen is not None:
-            saved += inputs[1:]
+            saved += [x if i in level.wanted else None for i, x in enumerate(inputs[1:])]
         ctx.plain = {i: x for i, x in enumerate(saved) if not isinstance(x, Tensor)}
         for i in ctx.plain:
             saved[i] = None
