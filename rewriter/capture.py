@@ -54,6 +54,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
 from torch.autograd.function import once_differentiable
+from torch.compiler import config as compiler_config
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -568,13 +569,16 @@ def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None]:
+def capturing(
+    trace: Trace, *, specialize_floats: bool = False, inputs: Sequence[str] = ()
+) -> Iterator[None]:
     """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block.
 
     Args:
         trace: What is wished for, and gets to be known.
         specialize_floats: Build anew for each value of a float argument, where only a Python number
             will do.
+        inputs: Integers to be inputs of the graph, as Dynamo's expressions for them.
     """
     handlers = TorchInGraphFunctionVariable._get_handlers()
     settings: dict[str, Any] = {
@@ -603,6 +607,7 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             # Marks for profilers, around nothing: twelve calls of Python in each call of ours.
             settings["record_runtime_overhead"] = False
         stack.enter_context(dynamo_config.patch(**settings))
+        stack.enter_context(_open(inputs))
         stack.enter_context(_quiet())
         stack.enter_context(_tensor_method("requires_grad_", _requires_grad_))
         stack.enter_context(replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
@@ -636,6 +641,15 @@ def capturing(trace: Trace, *, specialize_floats: bool = False) -> Iterator[None
             yield
         finally:
             _capturing.reset(token)
+
+
+def _open(inputs: Sequence[str]) -> contextlib.AbstractContextManager[Any]:
+    """Have Dynamo make inputs of integers that it would take for constants, in the block."""
+    config: Any = compiler_config
+    if not inputs or not hasattr(config, "dynamic_sources"):
+        return contextlib.nullcontext()
+    known = [name for name in config.dynamic_sources.split(",") if name]
+    return config.patch(dynamic_sources=",".join([*known, *inputs]))
 
 
 @contextlib.contextmanager
@@ -679,7 +693,7 @@ def compile_function(
         options["recompile_limit"] = MAX_SPECIALISATIONS
     own = _own_code(function)
     compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
-    return past_the_wrapper(own, compiled)
+    return past_the_wrapper(own, compiled, _is_capturing.get)
 
 
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:

@@ -38,6 +38,11 @@ class TooLittleWork(CaptureError):
     """Calls of this size are quicker as written."""
 
 
+class KeepsChanging(CaptureError):
+    """A value that a specialisation holds for was another one too often; calls that no
+    specialisation holds for run as written."""
+
+
 class OptionError(OptimizeNestedError, ValueError):
     """An option asks for something that this loss does not have."""
 

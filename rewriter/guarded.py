@@ -10,11 +10,14 @@ that lacks one of the names used here is called through Dynamo's own way.
 from __future__ import annotations
 
 import inspect
+import linecache
 import pkgutil
+import re
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,9 +53,45 @@ _stances = _named("torch._dynamo.eval_frame")
 _generations = _named("torch._dynamo.mutation_guard:GenerationTracker")
 _said: set[str] = set()
 
+_SOURCE = re.compile(
+    r"""\b[LG]\[(?:'[^']*'|"[^"]*")\](?:\.\w+(?!\()|\[(?:'[^']*'|"[^"]*"|-?\d+)\]|\.size\(\)\[\d+\])*"""
+)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a specialisation does not hold for a call.
+
+    Attributes:
+        guard: What it asks for.
+        values: What that is about, as expressions over the function's locals and globals; empty if
+            it is about none of them.
+        where: ``file:line: code`` of the user's code that read it, or ``?``.
+        is_number: Whether it asks for one integer, and another is there.
+        owner: Whose attribute or item that is.
+    """
+
+    guard: str
+    values: tuple[str, ...]
+    where: str = "?"
+    is_number: bool = False
+    owner: Any = None
+
+
+class NoSpecialisation(Exception):
+    """No specialisation holds for a call, and none is to be made now.
+
+    Attributes:
+        misses: Why each that there is does not.
+    """
+
+    def __init__(self, misses: Sequence[Miss]) -> None:
+        super().__init__("no specialisation holds")
+        self.misses = tuple(misses)
+
 
 def past_the_wrapper(
-    function: types.FunctionType, compiled: Callable[..., Any]
+    function: types.FunctionType, compiled: Callable[..., Any], is_capturing: Callable[[], bool]
 ) -> Callable[..., Any]:
     """Return `Guarded`; where PyTorch lacks a name that this takes, ``compiled`` itself, with one
     warning in a process.
@@ -60,10 +99,11 @@ def past_the_wrapper(
     Args:
         function: The user's function, with a code object of its own.
         compiled: The same under `torch.compile`.
+        is_capturing: Whether Dynamo is prepared to make a specialisation.
     """
     missing = [name.replace(":", ".") for name in _NAMES if _named(name) is None]
     if not missing:
-        return Guarded(function, compiled)
+        return Guarded(function, compiled, is_capturing)
     if not _said.issuperset(missing):
         _said.update(missing)
         warnings.warn(
@@ -83,10 +123,16 @@ class Guarded:
     Args:
         function: The user's function, with a code object of its own.
         compiled: The same under `torch.compile`.
+        is_capturing: Whether Dynamo is prepared to make a specialisation.
     """
 
-    def __init__(self, function: types.FunctionType, compiled: Callable[..., Any]) -> None:
-        self._function, self._compiled = function, compiled
+    def __init__(
+        self,
+        function: types.FunctionType,
+        compiled: Callable[..., Any],
+        is_capturing: Callable[[], bool],
+    ) -> None:
+        self._function, self._compiled, self._is_capturing = function, compiled, is_capturing
         self._code = function.__code__
         self._locals = _binder(function)
         self._cells = tuple(
@@ -96,7 +142,11 @@ class Guarded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the specialisation whose guards hold; let Dynamo find or make one if none is known
-        to."""
+        to.
+
+        Raises:
+            NoSpecialisation: There are some, and none holds; Dynamo is not prepared for another.
+        """
         entries = _entries_of(self._code) if _is_undisturbed() else ()
         if entries:
             try:
@@ -111,10 +161,33 @@ class Guarded:
                     # As Dynamo does: CUDA graphs may write over what earlier calls have returned.
                     _generations.generation += 1
                     run = self._runnable.get(entry.code) or self._add(entry.code)
-                    return run(*args, **kwargs)
+                    if run is not None:
+                        return run(*args, **kwargs)
+            if not self._is_capturing():
+                raise NoSpecialisation(self._misses(entries, values))
         return self._compiled(*args, **kwargs)
 
-    def _add(self, code: types.CodeType) -> Callable[..., Any]:
+    def made(self) -> list[types.CodeType]:
+        """Return what Dynamo has made so far: a code object for each specialisation."""
+        return [entry.code for entry in _entries_of(self._code) if entry.code is not None]
+
+    def is_used_again(self, code: types.CodeType) -> bool:
+        """Whether a specialisation has had a second call: its first one went through Dynamo."""
+        return code in self._runnable
+
+    def _misses(self, entries: Sequence[Any], values: dict[str, Any]) -> list[Miss]:
+        found = []
+        for entry in entries:
+            if entry.code is None:
+                reason = getattr(entry.guard_manager, "invalidation_reason", "an object is gone")
+                found.append(Miss(reason, tuple(dict.fromkeys(_SOURCE.findall(reason)))))
+            elif (miss := _miss(entry.guard_manager, values)) is not None:
+                found.append(miss)
+        return found
+
+    def _add(self, code: types.CodeType | None) -> Callable[..., Any] | None:
+        if code is None:  # an object that its guards name is gone, and they hold for anything
+            return None
         known = {entry.code for entry in _entries_of(self._code)}
         self._runnable = {c: run for c, run in self._runnable.items() if c in known}
         made = self._runnable[code] = _with_code(self._function, self._direct(code))
@@ -132,6 +205,52 @@ class Guarded:
                 space[new] = compiled
                 weakref.finalize(code, space.pop, new, None)  # as Dynamo deletes its own name
         return code.replace(co_names=tuple(direct.get(name, name) for name in code.co_names))
+
+
+def _miss(manager: Any, values: dict[str, Any]) -> Miss | None:
+    """Return the first guard that does not hold for these locals; None if all do."""
+    info = manager.check_verbose(values)
+    if info.result:
+        return None
+    parts = [str(part) for part in info.verbose_code_parts]
+    scope = {**(manager.closure_vars or {}), "L": values}
+    space = manager.global_scope or {}
+    scope.setdefault("G", space.get("G", {}))
+    part = parts[0] if parts else "?"
+    if len(parts) > 1:  # sizes: one guard for all that is asked of them
+        part = next((part for part in parts if not _holds(part, space, scope)), part)
+    guard, _, comment = (piece.strip() for piece in part.partition("  # "))
+    sources = tuple(dict.fromkeys(_SOURCE.findall(guard)))
+    is_number, owner = False, None
+    if len(sources) == 1 and re.fullmatch(re.escape(sources[0]) + r" == -?\d+", guard):
+        is_number = type(_value(sources[0], space, scope)) is int
+        whose = re.fullmatch(r"(.*?)(\.\w+|\[[^\[\]]*\])", sources[0])
+        owner = _value(whose[1], space, scope) if whose else None
+    return Miss(guard, sources, _line(info, comment), is_number, owner)
+
+
+def _holds(part: str, space: dict[str, Any], scope: dict[str, Any]) -> bool:
+    return bool(_value(part, space, scope, True))
+
+
+def _value(
+    expression: str, space: dict[str, Any], scope: dict[str, Any], default: Any = None
+) -> Any:
+    """Evaluate an expression of a guard, which Dynamo evaluates as C++ where it can."""
+    try:
+        return eval(expression, dict(space), scope)
+    except Exception:  # it is one only as a whole, or for other values: nothing is known of it
+        return default
+
+
+def _line(info: Any, comment: str) -> str:
+    """Return the line of the user's code that a guard comes from."""
+    stack = getattr(info, "user_stack", None)  # not in every version
+    if stack:
+        path, number = stack[-1].filename, stack[-1].lineno
+        return f"{path}:{number}: {linecache.getline(path, number).strip()}"
+    code, _, place = comment.rpartition("  # ")
+    return f"{place.partition(' in ')[0]}: {code}" if code else "?"
 
 
 def _with_code(function: types.FunctionType, code: types.CodeType) -> Callable[..., Any]:

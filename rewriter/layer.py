@@ -96,6 +96,9 @@ class OptimizedForward(Specialising):
             self._classes.add(cls)
         return cls in self._classes
 
+    def _owners(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
+        return (args[0],)
+
     def explain(self) -> TowerReport:
         """Return what has been built so far, and why some calls run as written."""
         return TowerReport(

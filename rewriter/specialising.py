@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import linecache
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from rewriter.budget import Budget
 from rewriter.capture import (
     DYNAMO_ERRORS,
     Trace,
@@ -29,13 +31,16 @@ from rewriter.capture import (
 )
 from rewriter.errors import (
     CaptureError,
+    KeepsChanging,
     NeedsNumber,
     NeedsPullbacks,
     NestedGradientWarning,
     TooLittleWork,
 )
 from rewriter.generators import forget_draws, undo_draws
+from rewriter.guarded import Miss, NoSpecialisation
 from rewriter.options import Options, is_disabled
+from rewriter.refusals import Call, Refusals
 from rewriter.snapshot import restored_on_error
 from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, explaining, value_only
@@ -66,6 +71,7 @@ class Specialising(ABC):
         options: How it is optimised.
         layers: The modules that calls run as towers which are not captured.
         steps: What was built, one for each specialisation so far.
+        budget: What may be spent on more of them.
         quiet: Whether no warning is given when a call is not captured.
     """
 
@@ -80,7 +86,9 @@ class Specialising(ABC):
         self.steps: list[Any] = []
         self._specialize_floats = self._by_pullbacks = False
         self._may_wait = True
-        self._refused: dict[Any, CaptureError] = {}
+        self._refused = Refusals()
+        self._known: list[CaptureError] = []
+        self.budget = Budget(_where(function))
         # What calls go through while there is no specialisation yet.
         self._new: Callable[[], Callable[..., Any]] = functools.partial(
             compile_function, function, self._built, options.dynamic
@@ -90,7 +98,7 @@ class Specialising(ABC):
     @property
     def refusals(self) -> list[CaptureError]:
         """Why calls were not captured, each kind of call once."""
-        return list(self._refused.values())
+        return [*self._refused.all, *self.budget.given_up]
 
     @abstractmethod
     def _build(self, captured: torch.fx.GraphModule) -> Callable[..., Any]:
@@ -101,7 +109,7 @@ class Specialising(ABC):
         # the first question.
         if torch.compiler.is_compiling() or not self.is_on or is_observed():
             return self.as_written(*args, **kwargs)
-        if self._refused:
+        if self._refused and not self.steps:
             refusal = self.refusal_of(args, kwargs)
             if refusal is not None:
                 return self._run_uncaptured(refusal, args, kwargs)
@@ -118,13 +126,16 @@ class Specialising(ABC):
         """Call the loss through Dynamo's guards.
 
         Raises:
-            CaptureError: The loss cannot be captured; nothing of it has run.
+            CaptureError: The loss cannot be captured, or not once more; nothing of it has run.
         """
         forget_draws()
+        misses: Sequence[Miss] = ()
         if self.steps:
             # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
             try:
                 return self._compiled(*args, **kwargs)
+            except NoSpecialisation as found:
+                misses = found.misses
             except DYNAMO_ERRORS:
                 pass
             except CaptureAgain:
@@ -133,6 +144,15 @@ class Specialising(ABC):
             except CaptureError:
                 undo_draws()
                 raise
+        if self._refused and not explaining.get():
+            refusal = self.refusal_of(args, kwargs)
+            if refusal is not None:
+                raise refusal.with_traceback(None)
+        self.budget.ask(misses, self._compiled)
+        with self.budget.spending(misses, self._compiled, lambda: self._owners(args, kwargs)):
+            return self._capture_in_some_way(args, kwargs)
+
+    def _capture_in_some_way(self, args: Any, kwargs: Any) -> Any:
         while True:
             try:
                 return self._capture(args, kwargs)
@@ -145,6 +165,10 @@ class Specialising(ABC):
                 self._specialize_floats = True
             except NeedsPullbacks:
                 self._by_pullbacks = True
+            except CaptureError:
+                if not self.budget.close():
+                    raise
+                undo_draws()
 
     def _begin_again(self) -> None:
         """Drop all specialisations; where a search for a form has failed, those to come are built
@@ -159,7 +183,8 @@ class Specialising(ABC):
             refuse_switched_off()
         trace = Trace(self._by_pullbacks)
         try:
-            with capturing(trace, specialize_floats=self._specialize_floats):
+            numbers: Any = {"specialize_floats": self._specialize_floats}
+            with capturing(trace, **numbers, inputs=self.budget.inputs):
                 return self._compiled(*args, **kwargs)
         except Exception as error:
             refusal = as_capture_error(error, trace)
@@ -180,7 +205,7 @@ class Specialising(ABC):
 
     def refusal_of(self, args: Any, kwargs: Any) -> CaptureError | None:
         """Return why calls like this one run as written, if they have been found to."""
-        return self._refused.get(_signature(args, kwargs)) if self._refused else None
+        return self._refused.of(args, kwargs) if self._refused else None
 
     def _built(self, captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """Be Dynamo's backend."""
@@ -195,7 +220,9 @@ class Specialising(ABC):
         """Run the loss as written, and say once why."""
         if self.options.strict and not isinstance(refusal, TooLittleWork):
             raise refusal
-        signature = _signature(args, kwargs)  # as it is before the call, which may add to a dict
+        if refusal in self._known:
+            return self._run_uncaptured(refusal, args, kwargs)
+        call = Call(args, kwargs)  # as it is before the call, which may add to a dict
         try:
             with restored_on_error(self.as_written, args, kwargs):
                 value = self._run_uncaptured(refusal, args, kwargs)
@@ -205,8 +232,11 @@ class Specialising(ABC):
                 note(f"{self.name} ran as written because of: {refusal}")
             raise
         # An error of the user's own was raised above, as it is; what is left is ours to report.
-        self._refused[signature] = refusal
-        if not self.quiet and not isinstance(refusal, TooLittleWork):
+        self._known.append(refusal)
+        is_said = self._refused.has_same(refusal)
+        if not isinstance(refusal, KeepsChanging):  # what is there holds for others like it
+            self._refused.add(call, refusal)
+        if not (self.quiet or is_said or isinstance(refusal, TooLittleWork)):
             said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
             warnings.warn(
                 f"{self.name} runs as written: {said}",
@@ -214,6 +244,10 @@ class Specialising(ABC):
                 stacklevel=4,
             )
         return value
+
+    def _owners(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
+        """Return the modules whose attributes a call may read, beside those inside of them."""
+        return self._modules(args, kwargs)
 
     @abstractmethod
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
@@ -224,6 +258,16 @@ class Specialising(ABC):
             return self.as_written(*args, **kwargs)
         with self.layers.on(self._modules(args, kwargs)):
             return self.as_written(*args, **kwargs)
+
+
+def _where(function: Any) -> str:
+    """Return ``file:line: code`` of a function, ``?`` for what has none."""
+    function = function.func if isinstance(function, functools.partial) else function
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return "?"
+    path, number = code.co_filename, code.co_firstlineno
+    return f"{path}:{number}: {linecache.getline(path, number).strip()}"
 
 
 @contextlib.contextmanager
@@ -238,18 +282,3 @@ def gradients_on() -> Iterator[None]:
             yield
     finally:
         value_only.reset(token)
-
-
-def _signature(args: Any, kwargs: Any) -> Any:
-    """Return what decides whether a refused loss is worth another try."""
-
-    def kind(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return tuple(item.shape), item.dtype, item.requires_grad
-        if isinstance(item, nn.Module):
-            return id(item), item.training
-        return type(item)
-
-    if kwargs or any(type(item) is not Tensor for item in args):
-        args = pytree.tree_leaves((args, kwargs))
-    return tuple([kind(leaf) for leaf in args])

@@ -141,6 +141,26 @@ def without_saved_tensor_hooks() -> Iterator[None]:
             _A._push_saved_tensors_default_hooks(pack, unpack)
 
 
+def modes() -> Any:
+    """Return the modes of PyTorch, beside transforms, by which a function is computed or traced."""
+    casts = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    hooks = _A._saved_tensors_hooks_is_enabled() and _A._top_saved_tensors_default_hooks(True)
+    return (
+        tuple(casts),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch._C._len_torch_function_stack(),
+        bool(hooks),
+    )
+
+
 def is_wrapped(x: Any) -> bool:
     """Whether a transform has wrapped this value."""
     return isinstance(x, Tensor) and _C.is_functorch_wrapped_tensor(x)
