@@ -643,6 +643,11 @@ def capturing(
             _capturing.reset(token)
 
 
+def is_capturing() -> bool:
+    """Whether Dynamo is prepared to capture a loss."""
+    return _capturing.get() is not None
+
+
 def _open(inputs: Sequence[str]) -> contextlib.AbstractContextManager[Any]:
     """Have Dynamo make inputs of integers that it would take for constants, in the block."""
     config: Any = compiler_config
@@ -693,7 +698,7 @@ def compile_function(
         options["recompile_limit"] = MAX_SPECIALISATIONS
     own = _own_code(function)
     compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
-    return past_the_wrapper(own, compiled, _is_capturing.get)
+    return past_the_wrapper(own, compiled, is_capturing)
 
 
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:

@@ -58,6 +58,8 @@ def _keep_numbers(module: GraphModule, is_inner: bool) -> bool:
     found = False
     for node in list(module.graph.nodes):
         value = example_of(node)
+        if isinstance(value, Tensor):
+            _take_fractions(node)
         if node.target in _POWERS and len(node.args) == 2:
             _take_exponent(node, *node.args)
         if node.op == "call_method" and node.target == "item":
@@ -88,6 +90,13 @@ def _take_exponent(node: Node, base: Any, exponent: Any) -> None:
     value = example_of(base) if isinstance(base, Node) else base
     if isinstance(value, Tensor) and value.dtype.is_floating_point:
         node.args = (base, _float_of(exponent, node))
+
+
+def _take_fractions(node: Node) -> None:
+    """Make numbers of floats that are computed from symbolic sizes, such as ``0.1 * n``."""
+    for value in node.all_input_nodes:
+        if isinstance(example_of(value), torch.SymFloat) and _NUMBER not in value.meta:
+            node.replace_input_with(value, _float_of(value, node))
 
 
 def _float_of(size: Node, user: Node) -> Node:
