@@ -30,7 +30,7 @@ from passes.verify import verify
 from rewriter.as_written import AsWritten, measure
 from rewriter.capture import marked_sizes, source_name
 from rewriter.choose import Choice, choose
-from rewriter.detached import detached_derivatives
+from rewriter.detached import detached_derivatives, lost_derivatives
 from rewriter.errors import CaptureError, NotRewritten
 from rewriter.flatten import Flat, flatten
 from rewriter.numbers import keep_numbers
@@ -177,9 +177,11 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
             as_written = measure(captured, flat.promoted)
     inputs = placeholders(module.graph)
     requiring = {inputs[i] for i in as_written.wanted}
-    detached = detached_derivatives(module, requiring, as_written.differentiable)
+    detached = detached_derivatives(module, requiring, as_written.differentiable, captured)
     if detached and options.strict:
         raise NotRewritten(f"strict=True: {detached[0]}")
+    if not as_written.reached:
+        detached = lost_derivatives(module, requiring, flat.n_outputs, captured)
     _staged(stages, "share", lambda: (module, share(module, active_nodes(module, requiring))))
     try:
         _staged(stages, "nest", lambda: (module, _nested(module, as_written)))

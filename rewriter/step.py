@@ -19,7 +19,7 @@ from rewriter.as_written import run_in_place
 from rewriter.capture import is_observed, is_parameter
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
-from rewriter.errors import NestedGradientWarning, OptimizeNestedError
+from rewriter.errors import NestedGradientWarning, NotRewritten, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.gradients import (
     Ownership,
@@ -131,8 +131,8 @@ class Step:
             raise Explained(self.rewritten, inputs)
         if self._is_wrapped is None:  # guards ask for the same at each call
             self._is_wrapped = any_wrapped(self.tensors(inputs))
-        while self._warnings:
-            warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=2)
+        if self._warnings and not value_only.get():
+            self._warn()
         for position in self._promoted:
             inputs[position].requires_grad_()  # as the loss as written does
         if self._unmeasured and not value_only.get():
@@ -141,6 +141,17 @@ class Step:
         if self._unchecked:
             self._compare(inputs)
         return self._run(*inputs)
+
+    def _warn(self) -> None:
+        """Say what the gradient of the loss does not see.
+
+        Raises:
+            NotRewritten: With ``strict``.
+        """
+        if self.options.strict:
+            raise NotRewritten(f"strict=True: {self._warnings[0]}")
+        while self._warnings:
+            warnings.warn(self._warnings.pop(0), NestedGradientWarning, stacklevel=3)
 
     def _compare(self, inputs: Sequence[Any]) -> None:
         """Compare what this call runs with the loss as written, if it runs for the first time.

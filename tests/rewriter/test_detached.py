@@ -129,6 +129,67 @@ def test_not_said(loss: Loss) -> None:
     check(loss, [net()], points())
 
 
+def squared(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x, create_graph=False).square().mean()
+
+
+def jacobian(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(net, x).square().mean()
+
+
+def several(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    g = slope(net, x, create_graph=False)
+    return {"loss": g.square().mean(), "gradients": g}
+
+
+@pytest.mark.parametrize("loss", [squared, jacobian, several], ids=lambda f: f.__name__)
+def test_no_gradient_at_all(loss: Callable[..., object]) -> None:
+    """``create_graph=True`` is missing, and nothing is left to train: said once, with the line and
+    what to write there; not where the value alone is asked for."""
+    match = r"no gradient: the derivative at .*test_detached.py:\d+.* write create_graph=True there"
+    decorated = optimize_nested(loss, backend="eager")
+    strict = optimize_nested(loss, backend="eager", strict=True)
+    with torch.no_grad():
+        decorated(net(), points())
+        if loss is not jacobian:
+            strict(net(), points())
+    with pytest.warns(NestedGradientWarning, match=match) as said:
+        decorated(net(), points())
+    assert len(said) == 1
+    decorated(net(), points())
+    for _ in range(2):
+        with pytest.raises(NotRewritten, match=match):
+            strict(net(), points())
+
+
+def values(net: nn.Module, x: Tensor) -> Tensor:
+    """What a sampler or a molecular dynamics needs: a value for each sample."""
+    return slope(net, x, create_graph=False).square().sum(1)
+
+
+def meant(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x).detach().square().mean()
+
+
+@pytest.mark.parametrize("loss", [values, meant], ids=lambda f: f.__name__)
+def test_no_gradient_on_purpose(loss: Loss) -> None:
+    optimize_nested(loss, backend="eager", strict=True)(net(), points())
+
+
+def test_no_gradient_of_frozen_parameters() -> None:
+    frozen = net().requires_grad_(False)
+    optimize_nested(squared, backend="eager", strict=True)(frozen, points())
+
+
+def test_a_term_without_gradient_beside_others() -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).square().mean() + slope(net, x, create_graph=False).square().mean()
+
+    match = "enters the loss as a constant: it is taken without create_graph=True.* write"
+    with pytest.warns(NestedGradientWarning, match=match):
+        optimize_nested(loss, backend="eager")(net(), points())
+
+
 def test_returned_beside_the_loss() -> None:
     def loss(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         g = slope(net, x)
