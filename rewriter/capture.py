@@ -63,6 +63,7 @@ from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
 from rewriter.errors import (
     CaptureError,
+    InternalError,
     NeedsNumber,
     NotRewritten,
     OptimizeNestedError,
@@ -812,7 +813,8 @@ def is_dynamos_own(error: BaseException, trace: Trace) -> bool:
     """Whether Dynamo failed by itself, or PyTorch did on what Dynamo captured: not a refusal of
     ours."""
     if isinstance(error, dynamo_errors.BackendCompilerFailed):
-        return not isinstance(error.inner_exception, OptimizeNestedError)
+        inner = error.inner_exception
+        return isinstance(inner, InternalError) or not isinstance(inner, OptimizeNestedError)
     return isinstance(error, DYNAMO_ERRORS) and not trace.refused
 
 

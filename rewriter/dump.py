@@ -7,13 +7,16 @@ import os
 import platform
 import re
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from rewriter.log import logger
 from rewriter.make_report import make_report
 from rewriter.report import Report
 from rewriter.rewrite import Rewritten
@@ -35,6 +38,29 @@ def dump_failed(rewritten: Rewritten, inputs: Sequence[Any]) -> Path:
     return folder
 
 
+def dump_internal(name: str, captured: GraphModule | None, error: BaseException) -> Path | None:
+    """Write an error of ours, with the captured graph and the versions, to a new folder, and say in
+    the log where; return the folder, or None if there is none to be had.
+
+    Args:
+        name: The loss's name.
+        captured: What Dynamo captured.
+        error: What was raised.
+    """
+    try:
+        folder = _folder(name, "internal_error")
+        if captured is not None:
+            code = captured.print_readable(print_output=False)
+            (folder / "00_captured.py").write_text(code, encoding="utf-8")
+        text = "".join(traceback.format_exception(error))
+        (folder / "error.txt").write_text(f"{text}\n{_versions()}", encoding="utf-8")
+    except OSError as reason:  # no folder: what is to be said of the error is said all the same
+        logger.warning("%s: %r, and no folder for it: %s", name, error, reason)
+        return None
+    logger.warning("%s: %r; please report this, with %s", name, error, folder)
+    return folder
+
+
 def dump_built(rewritten: Rewritten, report: Report) -> Path | None:
     """Write every stage, the report and the versions to a new folder in ``OPTIMIZE_NESTED_DUMP``;
     return it, or None if that is not set."""
@@ -47,11 +73,7 @@ def is_asked_for() -> bool:
 
 
 def _dump(rewritten: Rewritten, report: Report, why: str) -> Path:
-    parent = os.environ.get(VARIABLE) or None
-    if parent:
-        os.makedirs(parent, exist_ok=True)
-    name = re.sub(r"\W+", "_", report.function) or "loss"
-    folder = Path(tempfile.mkdtemp(prefix=f"optimize_nested_{name}_{why}_", dir=parent))
+    folder = _folder(report.function, why)
     captured = rewritten.captured.print_readable(print_output=False)
     (folder / "00_captured.py").write_text(captured, encoding="utf-8")
     for number, stage in enumerate(rewritten.stages, start=1):
@@ -59,7 +81,18 @@ def _dump(rewritten: Rewritten, report: Report, why: str) -> Path:
         start = folder / f"{number:02}_{stage.name}"
         start.with_suffix(".txt").write_text(f"{stage.text}\n", encoding="utf-8")
         start.with_suffix(".py").write_text(code, encoding="utf-8")
-    versions = f"torch {torch.__version__}\npython {platform.python_version()}\n"
-    (folder / "report.txt").write_text(f"{report}\n{versions}", encoding="utf-8")
+    (folder / "report.txt").write_text(f"{report}\n{_versions()}", encoding="utf-8")
     report.to_json(folder / "report.json")
     return folder
+
+
+def _folder(function: str, why: str) -> Path:
+    parent = os.environ.get(VARIABLE) or None
+    if parent:
+        os.makedirs(parent, exist_ok=True)
+    name = re.sub(r"\W+", "_", function) or "loss"
+    return Path(tempfile.mkdtemp(prefix=f"optimize_nested_{name}_{why}_", dir=parent))
+
+
+def _versions() -> str:
+    return f"torch {torch.__version__}\npython {platform.python_version()}\n"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from typing import Any
+
 
 class OptimizeNestedError(RuntimeError):
     """Base of the errors this package raises."""
@@ -36,6 +39,22 @@ class NeedsPullbacks(CaptureError):
 
 class TooLittleWork(CaptureError):
     """Calls of this size are quicker as written."""
+
+
+class InternalError(CaptureError):
+    """Something of ours failed while it rewrote or compiled a loss: our bug. The loss runs as
+    written.
+
+    Attributes:
+        error: What failed.
+        captured: What Dynamo captured, until it is written to a folder.
+    """
+
+    def __init__(self, error: BaseException, captured: Any) -> None:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
+        super().__init__(f"internal error in optimize_nested: {error!r}", where)
+        self.error, self.captured = error, captured
 
 
 class KeepsChanging(CaptureError):

@@ -23,7 +23,7 @@ from passes.graph import where
 from passes.tracing import AnySizes
 from rewriter.as_written import gradients_of, run_as_written
 from rewriter.capture import MAX_SPECIALISATIONS
-from rewriter.errors import CaptureError, NestedGradientWarning, OptimizeNestedError
+from rewriter.errors import CaptureError, InternalError, NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, HostGenerators, generators_restored
 from rewriter.naming import modules_in
 from rewriter.reach import Kind, aliases, arguments, is_same, kind_of, reached
@@ -307,7 +307,7 @@ class Recorder:
         except OptimizeNestedError:
             raise
         except Exception as error:
-            raise CaptureError(f"internal error in optimize_nested: {error!r}") from error
+            raise InternalError(error, recorded.module) from error
         return _Specialisation(
             names=names,
             kinds={path: kind_of(x, free.get(id(x), ())) for path, x in found.items()},

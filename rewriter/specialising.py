@@ -29,12 +29,15 @@ from rewriter.capture import (
     refuse_switched_off,
     with_inputs_returned,
 )
+from rewriter.dump import dump_internal
 from rewriter.errors import (
     CaptureError,
+    InternalError,
     KeepsChanging,
     NeedsNumber,
     NeedsPullbacks,
     NestedGradientWarning,
+    OptimizeNestedError,
     TooLittleWork,
 )
 from rewriter.generators import forget_draws, undo_draws
@@ -211,8 +214,13 @@ class Specialising(ABC):
         """Be Dynamo's backend."""
         if self._by_pullbacks:
             refuse_no_grad_in_transforms(captured)
-        with set_aside():
-            step = self._build(captured)
+        try:
+            with set_aside():
+                step = self._build(captured)
+        except (OptimizeNestedError, CaptureAgain):
+            raise
+        except Exception as error:  # nothing of the loss has run: it can run as written
+            raise InternalError(error, captured) from error
         self.steps.append(step)
         return with_inputs_returned(captured, step)
 
@@ -236,8 +244,14 @@ class Specialising(ABC):
         is_said = self._refused.has_same(refusal)
         if not isinstance(refusal, KeepsChanging):  # what is there holds for others like it
             self._refused.add(call, refusal)
+        folder = None
+        if isinstance(refusal, InternalError):
+            if not is_said:
+                folder = dump_internal(self.name, refusal.captured, refusal.error)
+            refusal.captured = None
         if not (self.quiet or is_said or isinstance(refusal, TooLittleWork)):
             said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
+            said += f". Please report this, with {folder}" if folder else ""
             warnings.warn(
                 f"{self.name} runs as written: {said}",
                 NestedGradientWarning,

@@ -34,7 +34,7 @@ from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
 from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, levels_restored, unwrap_dead
-from rewriter.verifying import Verdict, tell, verify_code, verify_step
+from rewriter.verifying import Verdict, failed, tell, verify_code, verify_step
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
 value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
@@ -140,7 +140,29 @@ class Step:
             self._take_fastest(inputs)
         if self._unchecked:
             self._compare(inputs)
-        return self._run(*inputs)
+        try:
+            return self._run(*inputs)
+        except Exception as error:
+            return self._rescued(error, inputs)
+
+    def _rescued(self, error: Exception, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Run the loss as written in place of what has failed; where it runs, the fault is ours,
+        and all later calls do.
+
+        Raises:
+            Exception: What the loss as written raises; with ``strict``, what our code did.
+        """
+        if self.options.strict or _is_to_be_raised(error):
+            raise error
+        captured = self.rewritten.captured
+        outputs = run_in_place(captured, inputs, value_only=value_only.get())
+        self._give_up(error)
+        return outputs
+
+    def _give_up(self, error: Exception) -> None:
+        name = self.rewritten.function
+        self.verdict = failed(name, self.rewritten.captured, error)
+        tell(self.verdict, name, strict=False)
 
     def _warn(self) -> None:
         """Say what the gradient of the loss does not see.
@@ -278,6 +300,26 @@ class Step:
             tell(verdict, self.rewritten.function, strict=self.options.strict)
         return found
 
+    def rescued_backward(
+        self, error: Exception, ctx: Any, cotangents: Sequence[Tensor | None]
+    ) -> Sequence[Any]:
+        """Return gradients by running the loss as written once more, where the graph that computes
+        them has failed; later calls run as written.
+
+        Raises:
+            Exception: What our code raised: with ``strict``, or where the loss cannot run again.
+        """
+        if self.options.strict or _is_to_be_raised(error):
+            raise error
+        try:
+            _ = ctx.saved_tensors  # what the user did wrong with them is his error
+            with torch.enable_grad():
+                grads = _differentiate_as_written(ctx, cotangents)
+        except Exception:
+            raise error from None
+        self._give_up(error)
+        return [grad if grad is None else grad.detach() for grad in grads]
+
     def reached_from(self, cotangents: Sequence[Tensor | None]) -> set[int] | None:
         """Return the inputs that eager gives a gradient when these outputs are differentiated; None
         if these are all outputs, and the graph knows."""
@@ -285,6 +327,11 @@ class Step:
         if len(given) == len(self.roles.differentiable):
             return None
         return {i for end in given for i in self.rewritten.as_written.reached[end]}
+
+
+def _is_to_be_raised(error: Exception) -> bool:
+    """Whether an error says what is the matter by itself, or another run would not help."""
+    return isinstance(error, (OptimizeNestedError, CaptureAgain, torch.OutOfMemoryError))
 
 
 def _parts(options: Options) -> frozenset[str]:
@@ -331,7 +378,10 @@ class _StepFunction(torch.autograd.Function):
         if step.halves is None:
             return (None, None, *hand_out(ctx, cotangents[differentiable[0]]))
         given = [cotangents[i] for i in differentiable]
-        grads = pulled_back(ctx, given, step.pull_back)
+        try:
+            grads = pulled_back(ctx, given, step.pull_back)
+        except Exception as error:
+            return (None, None, *step.rescued_backward(error, ctx, cotangents))
         reached = step.reached_from(cotangents)
         if reached is not None:
             pairs = zip(step.roles.wanted, grads, strict=True)

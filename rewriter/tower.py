@@ -29,7 +29,7 @@ from rewriter.stateful import (
     unwrap_dead,
     without_saved_tensor_hooks,
 )
-from rewriter.watching import Seen, Watch, compared
+from rewriter.watching import Seen, Watch, compared, pulled_back_as_written
 
 
 class CompiledLevel:
@@ -138,16 +138,39 @@ class CompiledLevel:
             return grads
         if any(is_wrapped(c) or is_legacy_batch(c) for c in cotangents):
             return grads
-        inputs = [*ctx.saved_tensors[ctx.n_saved :]]
-        for i, x in enumerate(ctx.seen.inputs):
-            if inputs[i] is None:
-                inputs[i] = x
+        inputs = _inputs_of(ctx)
         with without_saved_tensor_hooks():
             out = compared(
                 self.watch, self.level, ctx.seen, given, needed, cotangents, grads, inputs
             )
         self._compared.add((given, needed))
         return out
+
+    def rescued(
+        self,
+        error: Exception,
+        ctx: Any,
+        given: tuple[Cotangent, ...],
+        needed: tuple[int, ...],
+        cotangents: Sequence[Tensor],
+    ) -> Sequence[Any]:
+        """Return autograd's pullback in place of one that cannot be built or run.
+
+        Raises:
+            Exception: What has failed: with ``strict``, or where the call is not known any more.
+        """
+        if self.watch is None or ctx.seen is None or self.watch.is_to_be_raised(error):
+            raise error
+        try:
+            inputs = _inputs_of(ctx)  # what the user did wrong with them is his error
+            with without_saved_tensor_hooks():
+                grads = pulled_back_as_written(
+                    self.watch, self.level, ctx.seen, given, needed, cotangents, inputs
+                )
+        except Exception:
+            raise error from None
+        self.watch.failed(error)
+        return grads
 
     def graphs(self) -> list[GraphModule]:
         """Return the graphs that code was made for."""
@@ -297,17 +320,23 @@ class _LevelFunction(torch.autograd.Function):
         ]
         if ctx.is_inside:
             dense = unwrap_dead(dense)
-        above = compiled.pullback(given, needed)
-        saved = _saved(ctx)
-        found = one_by_one(lambda *c: above(*saved, *c), dense)
-        if ctx.seen is not None:
-            found = compiled.compared(ctx, given, needed, dense, found)
+        zeros: frozenset[int] = frozenset()
+        try:
+            above = compiled.pullback(given, needed)
+            saved = _saved(ctx)
+            found = one_by_one(lambda *c: above(*saved, *c), dense)
+            zeros = above.zeros
+        except Exception as error:
+            found = compiled.rescued(error, ctx, given, needed, dense)
+        else:
+            if ctx.seen is not None:
+                found = compiled.compared(ctx, given, needed, dense, found)
         grads: list[Any] = list(none)
         for position, grad in zip(needed, found, strict=True):
             grads[position + 1] = grad
         if is_inside_transform():
             return tuple(grads)
-        for index in above.zeros:
+        for index in zeros:
             if index < len(needed) and needed[index] in compiled.level.residual_inputs:
                 like = found[index]
                 grads[needed[index] + 1] = torch._efficientzerotensor(
@@ -370,6 +399,12 @@ def _saved(ctx: Any) -> Sequence[Any]:
     if ctx.seen is not None:
         saved = saved[: ctx.n_saved]
     return unwrap_dead(saved) if ctx.is_inside else saved
+
+
+def _inputs_of(ctx: Any) -> list[Any]:
+    """Return the inputs of a call that was seen, as autograd knows them."""
+    inputs = [*ctx.saved_tensors[ctx.n_saved :]]
+    return [x if own is None else own for own, x in zip(inputs, ctx.seen.inputs, strict=True)]
 
 
 def _asked_for(ctx: Any) -> tuple[int, ...]:

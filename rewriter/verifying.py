@@ -23,8 +23,8 @@ from rewriter import judge
 from rewriter.as_written import gradients_of, run_as_written
 from rewriter.capture import source_name
 from rewriter.comparing import Difference, Run, from_plain, worst
-from rewriter.dump import dump_failed
-from rewriter.errors import CheckFailed, NestedGradientWarning
+from rewriter.dump import dump_failed, dump_internal
+from rewriter.errors import CheckFailed, NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.log import logger
 from rewriter.rewrite import Rewritten
@@ -226,13 +226,26 @@ def verify_layer(
             plain = as_written(inputs)
         except RuntimeError as error:
             return Verdict(False, f"not compared: as written PyTorch raises {_first_line(error)}")
-        ours = once(run, inputs)
+        try:
+            ours = once(run, inputs)
+        except OptimizeNestedError:
+            raise
+        # Whatever it is that our code raises, the module as written has just run.
+        except Exception as error:
+            return failed("a module", captured, error)
         names = [f"output {i}" for i in range(len(plain.values))]
         names += [
             f"the new value of {source_name(placeholders(captured.graph)[i])}" for i in updated
         ]
         found = differs(names, ours, plain, as_written, inputs)
     return SAME if found is None else Verdict(True, f"{found}. Please report this", told=True)
+
+
+def failed(name: str, captured: GraphModule, error: Exception) -> Verdict:
+    """Return what there is to say of an error of ours in what was built."""
+    folder = dump_internal(name or "the loss", captured, error)
+    report = f"Please report this, with {folder}" if folder else "Please report this"
+    return Verdict(True, f"internal error: {error!r}. {report}", told=True)
 
 
 def _wrong(rewritten: Rewritten, inputs: Sequence[Any], said: str) -> Verdict:

@@ -14,9 +14,10 @@ from torch.fx import GraphModule
 from passes.graph import is_random
 from passes.levels import Cotangent, Level, run_and_keep
 from passes.tracing import without_fused_kernels
+from rewriter.errors import OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.stateful import levels_restored
-from rewriter.verifying import SAME, Verdict, tell, verify_code
+from rewriter.verifying import SAME, Verdict, failed, tell, verify_code
 
 
 @dataclass
@@ -41,6 +42,14 @@ class Watch:
     def is_wrong(self) -> bool:
         """Whether the module runs as written from now on."""
         return self.verdict is not None and self.verdict.is_wrong
+
+    def is_to_be_raised(self, error: Exception) -> bool:
+        """Whether an error says what is the matter by itself, or another run would not help."""
+        return self.strict or isinstance(error, (OptimizeNestedError, torch.OutOfMemoryError))
+
+    def failed(self, error: Exception) -> None:
+        """Let the module run as written from now on: something of ours has failed."""
+        self.found(failed(self.name, self.captured, error))
 
     def found(self, verdict: Verdict) -> None:
         """Take note of a verdict.
@@ -114,6 +123,19 @@ def compared(
         watch.found(verdict)
     if not (verdict.is_wrong and torch.is_grad_enabled()):
         return found
+    return pulled_back_as_written(watch, level, seen, given, needed, cotangents, inputs)
+
+
+def pulled_back_as_written(
+    watch: Watch,
+    level: Level,
+    seen: Seen,
+    given: Sequence[Cotangent],
+    needed: Sequence[int],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Any],
+) -> list[Any]:
+    """Return autograd's pullback, for another derivative too; see `compared`."""
     own = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
     for i in needed:
         if not own[i].requires_grad:
