@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._ops import OpOverload
 
-from passes import everywhere
+from passes import everywhere, factorised
 
 aten = torch.ops.aten
 
@@ -139,7 +139,8 @@ def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
     at the points where it has no derivative (the norm of zero) their convention is not the
     operator's. Normalisation is smooth, and taken apart because PyTorch's own third derivative of
     `layer_norm` and `batch_norm` is wrong: their double backward formulas are differentiated with
-    the saved mean and deviation as constants. So is the second derivative of `weight_norm`.
+    the saved mean and deviation as constants. So is the second derivative of `weight_norm`, and
+    what differentiates forward mode through `solve` and `slogdet`.
     """
     table: dict[Any, Any] = dict(get_decompositions(_NORMS))
     written_out = {
@@ -151,6 +152,8 @@ def before_autograd() -> dict[OpOverload, Callable[..., Any]]:
         aten.logcumsumexp.default: everywhere.logarithmic_sum,
         aten.sinc.default: everywhere.sinc,
         aten.mish.default: everywhere.mish,
+        aten._linalg_solve_ex.default: factorised.solve,
+        aten._linalg_slogdet.default: factorised.slogdet,
     }
     return table | _PLAIN | written_out
 

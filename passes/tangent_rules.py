@@ -230,6 +230,13 @@ def _max_pool(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) ->
     return flat.view(pooled.shape), None
 
 
+def _lu_unpack(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple:
+    """The two triangles move as the matrix does that held them; a permutation does not."""
+    rank = min(args[0].shape[-2:])
+    lower, upper = along[0][..., :, :rank].tril(-1), along[0][..., :rank, :].triu()
+    return None, lower, upper
+
+
 def _along_indices(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> tuple:
     """``max``, ``min``, ``sort``, ``topk``, ``cummax`` along a dimension: the tangent follows the
     indices."""
@@ -307,6 +314,7 @@ RULES: dict[Any, Callable[[Any, Any, tuple, dict, tuple], Any]] = {
     aten._log_softmax.default: _log_softmax,
     aten.logcumsumexp.default: _logcumsumexp,
     aten.max_pool2d_with_indices.default: _max_pool,
+    aten.lu_unpack.default: _lu_unpack,
     aten.amax.default: _extremum,
     aten.amin.default: _extremum,
     aten.maximum.default: _larger,

@@ -59,6 +59,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.convolutions import take_any_size
+from passes.factorised import METHODS
 from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
 from rewriter.errors import (
@@ -554,6 +555,18 @@ def _inlined(
     return handle
 
 
+def _inlined_method(substitute: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `_inlined` does for a method of tensors, inside of a transform."""
+
+    def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_inside_transform():
+            return None
+        function = VariableTracker.build(tx, substitute)
+        return tx.inline_user_function_return(function, [self, *args], kwargs)
+
+    return handle
+
+
 @contextlib.contextmanager
 def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
     before = dict(handlers)
@@ -611,6 +624,8 @@ def capturing(
         stack.enter_context(_open(inputs))
         stack.enter_context(_quiet())
         stack.enter_context(_tensor_method("requires_grad_", _requires_grad_))
+        for name, body in METHODS.items():
+            stack.enter_context(_tensor_method(name, _inlined_method(body)))
         stack.enter_context(replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
         name = "speculate_subgraph_with_auto_output_flattening"
         if hasattr(higher_order_ops, name):

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from passes.bodies import Labels, Linearizations, identity_of
 from passes.decompositions import weight_norm
+from passes.factorised import DETERMINANT, METHODS
 from passes.graph import copy_graph, graphs_in, placeholders, print_graph, results, value_of, where
 from passes.joint import Roles, trace_joint, trace_step
 from passes.nest import Site, active_nodes, all_sites, body_of, points_of, sites
@@ -230,12 +231,13 @@ def as_written(
 def written_out(captured: GraphModule, found: Sequence[Site] = ()) -> GraphModule:
     """Return a copy that can be traced, its derivatives named as the sites that they are: those of
     ``found``."""
-    # PyTorch's own higher derivatives of norm layers are wrong; their formulas' are not.
-    written_out = {**WRITTEN_OUT, torch._weight_norm: weight_norm}
+    # PyTorch's own higher derivatives of these are wrong; their formulas' are not.
+    written_out = {**WRITTEN_OUT, **METHODS, **DETERMINANT, torch._weight_norm: weight_norm}
     captured = copy_graph(captured)
     left = list(found)
     for node in captured.graph.nodes:
-        node.target = written_out.get(node.target, node.target)
+        if node.op in ("call_function", "call_method") and node.target in written_out:
+            node.op, node.target = "call_function", written_out[node.target]
         note(node, role="primal", stage="flatten")
         here = [site for site in left if site.where == where(node)]
         if node.target in DERIVATIVES and here:

@@ -25,6 +25,7 @@ from torch._functorch.pyfunctorch import (
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
+from passes.factorised import FUNCTIONS
 from rewriter import nesting
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -257,4 +258,9 @@ def group_norm(
     return _scaled(normal.reshape(input.shape), weight, bias, shape)
 
 
-WRITTEN_OUT = {F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm}
+WRITTEN_OUT = {
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    **FUNCTIONS,
+}
