@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, _refs
+from torch._dynamo import compiled_autograd, symbolic_convert
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
-from torch._dynamo import symbolic_convert
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.source import NumpyTensorSource
 from torch._dynamo.variables import builtin as dynamo_builtins
@@ -892,8 +892,13 @@ def refuse_switched_off() -> None:
 
 
 def is_traced() -> bool:
-    """Whether another compilation or a dispatch mode is open around this call."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether another compilation, compiled autograd or a dispatch mode is open around this
+    call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or compiled_autograd.compiled_autograd_enabled
+    )
 
 
 def is_transformed() -> bool:
@@ -903,8 +908,13 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether a transform, a dual level or a dispatch mode is open around this call."""
-    return torch._C._len_torch_dispatch_stack() > 0 or is_inside_level()
+    """Whether a transform, a dual level, a dispatch mode or compiled autograd is open around this
+    call."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or is_inside_level()
+        or compiled_autograd.compiled_autograd_enabled
+    )
 
 
 def with_inputs_returned(captured: GraphModule, step: Callable[..., Any]) -> Callable[..., Any]:

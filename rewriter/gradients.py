@@ -164,6 +164,14 @@ def mark_constant(ctx: Any, outputs: Sequence[Any], differentiable: Sequence[int
     ctx.mark_non_differentiable(*(u for u in others if isinstance(u, Tensor)))
 
 
+def _run_backward(function: Any, ctx: Any, cotangents: Sequence[Any]) -> Any:
+    """Run a backward of ours as it is where compiled autograd would have Dynamo trace it."""
+    return function.backward(ctx, *cotangents)
+
+
+uncompiled: Any = torch._dynamo.disable(_run_backward)
+
+
 def own_tensors(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Give the caller tensors that share no memory with the inputs' by accident of
     simplification."""

@@ -28,6 +28,7 @@ from rewriter.gradients import (
     mark_constant,
     own_tensors,
     pulled_back,
+    uncompiled,
 )
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
@@ -371,6 +372,8 @@ class _StepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.compiler.is_compiling():
+            return uncompiled(_StepFunction, ctx, cotangents)
         step: Step = ctx.step
         if torch.is_grad_enabled():
             return (None, None, *_differentiate_as_written(ctx, cotangents))

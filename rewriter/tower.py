@@ -18,7 +18,7 @@ from passes.simplify.zeros import zero_nodes
 from passes.tracing import AnySize
 from rewriter.batched import one_by_one
 from rewriter.codegen import Compiled
-from rewriter.gradients import is_legacy_batch, own_tensors
+from rewriter.gradients import is_legacy_batch, own_tensors, uncompiled
 from rewriter.options import Options
 from rewriter.start import code_for
 from rewriter.stateful import (
@@ -307,12 +307,15 @@ class _LevelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.compiler.is_compiling():
+            return uncompiled(_LevelFunction, ctx, cotangents)
         compiled: CompiledLevel = ctx.compiled
         given = tuple([_kind(c) for c in cotangents])
         none = (None,) * (ctx.n_inputs + 1)
+        is_real = isinstance(ctx, torch.autograd.function.BackwardCFunction)
         if all(kind is Cotangent.ABSENT for kind in given):
-            return none
-        needed = _asked_for(ctx)
+            return none if is_real else _all_there(ctx, none)
+        needed = _asked_for(ctx) if is_real else _required(ctx)
         dense = [
             c.contiguous()
             for c, kind in zip(cotangents, given, strict=True)
@@ -334,6 +337,8 @@ class _LevelFunction(torch.autograd.Function):
         grads: list[Any] = list(none)
         for position, grad in zip(needed, found, strict=True):
             grads[position + 1] = grad
+        if not is_real:
+            return _all_there(ctx, grads)
         if is_inside_transform():
             return tuple(grads)
         for index in zeros:
@@ -412,6 +417,23 @@ def _asked_for(ctx: Any) -> tuple[int, ...]:
     `torch.autograd.grad` names its inputs."""
     needs, ahead, level = ctx.needs_input_grad, ctx.next_functions, ctx.compiled.level
     return tuple([i for i in level.wanted if needs[i + 1] and _is_run(ahead[level.tensors[i]][0])])
+
+
+def _required(ctx: Any) -> tuple[int, ...]:
+    """Return the inputs that require grad."""
+    return tuple(i for i in ctx.compiled.level.wanted if ctx.needs_input_grad[i + 1])
+
+
+def _all_there(ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
+    """Fill in zeros: compiled autograd, which calls a backward with a context of its own, adds up
+    what comes from all sides, and takes no None."""
+    filled, level = list(grads), ctx.compiled.level
+    for i in _required(ctx):
+        if filled[i + 1] is None:
+            node, index = ctx.next_functions[level.tensors[i]]
+            like = node._input_metadata[index]
+            filled[i + 1] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    return tuple(filled)
 
 
 def _is_run(node: Any) -> bool:
