@@ -25,6 +25,7 @@ from rewriter.layer import Layers, optimize_class, optimize_module
 from rewriter.leaves import leaves_of
 from rewriter.log import log_built, wanted
 from rewriter.make_report import make_report
+from rewriter.modes import is_traced_by_a_mode, modes_set_aside
 from rewriter.naming import modules_in, named_leaves, named_tensors
 from rewriter.options import Options, make_options
 from rewriter.progress import shown
@@ -107,6 +108,7 @@ class OptimizedLoss(Specialising):
         grads = torch.autograd.grad(end, list(tensors.values()), allow_unused=True)
         return value, {n: g for n, g in zip(tensors, grads, strict=True) if g is not None}
 
+    @modes_set_aside()
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """Return what is done to the loss for these arguments.
 
@@ -131,6 +133,7 @@ class OptimizedLoss(Specialising):
             verified="; ".join(step.verdict.said for step in own if step.verdict is not None),
         )
 
+    @modes_set_aside()
     def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:
         """Return the graph after each pass by name, to be run.
 
@@ -172,9 +175,11 @@ class OptimizedLoss(Specialising):
         Raises:
             CaptureError: The loss cannot be captured.
         """
+        if is_traced_by_a_mode():
+            raise CaptureError("a dispatch mode that traces is open around this call")
         token = explaining.set(True)
         try:
-            with gradients_on():
+            with modes_set_aside(), gradients_on():
                 self._captured_call(args, kwargs)
         except Explained as found:
             undo_draws()
@@ -196,6 +201,7 @@ class OptimizedLoss(Specialising):
             breaks=tuple(dict.fromkeys([*(known.said for known in self.refusals), reason])),
         )
 
+    @modes_set_aside()
     def compile_ahead(
         self,
         path: str | os.PathLike[str],

@@ -33,6 +33,7 @@ from rewriter.choose import sole_choice
 from rewriter.codegen import Settings, has_compiler, keeps_code
 from rewriter.flatten import Flat
 from rewriter.forms import Candidate, Form, written_out
+from rewriter.modes import through_modes
 from rewriter.options import Options
 from rewriter.parcel import MARKS, CannotPack, pack, pack_captured, unpack, unpack_captured
 from rewriter.recurrent import KINDS
@@ -151,7 +152,7 @@ class Deferred:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._is_searching:
             if not (explaining.get() or self._job.done.is_set()):
-                return self._as_written(inputs)
+                return through_modes(self._as_written, inputs)
             self.switch()
         if self._step is None:
             raise CaptureAgain

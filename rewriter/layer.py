@@ -26,6 +26,7 @@ from rewriter.chain import base_of
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
 from rewriter.flatten import flatten
+from rewriter.modes import through_modes
 from rewriter.numbers import keep_numbers
 from rewriter.options import Options
 from rewriter.rewrite import check_differentiability
@@ -175,7 +176,9 @@ class Tower:
         for position in self.promoted:
             inputs[position].requires_grad_()
         try:
-            return self.base.value(inputs) if value_only.get() else self.base(*inputs)
+            if value_only.get():
+                return through_modes(self.base.value, inputs)
+            return through_modes(self.base, *inputs)
         except Exception as error:
             if self.watch.is_to_be_raised(error):
                 raise

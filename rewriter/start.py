@@ -25,6 +25,7 @@ from rewriter.codegen import (
     packed,
 )
 from rewriter.errors import NestedGradientWarning, OptimizeNestedError
+from rewriter.modes import Watchable, is_watched
 from rewriter.options import Options
 from rewriter.parcel import CannotPack
 from rewriter.progress import shown
@@ -62,6 +63,8 @@ def code_for(
     def make(*, strict: bool) -> Compiled:
         return compile_graph(module, options.backend, options.mode, strict=strict, static=static)
 
+    if options.backend == "eager":
+        return make(strict=options.strict)
     values = map(value_of, module.graph.nodes)
     if options.start == "tiered" and options.backend == "inductor" and has_compiler(values):
         try:
@@ -74,8 +77,12 @@ def code_for(
                 stacklevel=2,
             )
     operators = sum(node.op == "call_function" for node in module.graph.nodes)
-    with shown(f"compiling {what}, {operators} operators"):
-        return make(strict=options.strict)
+
+    def compile() -> Compiled:
+        with shown(f"compiling {what}, {operators} operators"):
+            return make(strict=options.strict)
+
+    return Watchable(compile, lambda: compile_graph(module, "eager", options.mode, strict=True))
 
 
 class Tiered:
@@ -105,6 +112,7 @@ class Tiered:
         self._options, self._what = options, what
         self._make, self._on_switch = make, on_switch
         self._run = compile_graph(module, "eager", options.mode, strict=options.strict)
+        self._op_by_op = self._run
         self._calls, self.is_waiting = 0, True
         self._seconds = 0.0
         self._error = ""
@@ -114,6 +122,8 @@ class Tiered:
         waiting.add(self)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
+        if is_watched():
+            return self._op_by_op(*inputs)
         run = self._run
         if self.is_waiting:
             self._calls += 1

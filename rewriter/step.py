@@ -30,6 +30,7 @@ from rewriter.gradients import (
     pulled_back,
     uncompiled,
 )
+from rewriter.modes import is_watched, through_modes
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
@@ -142,7 +143,7 @@ class Step:
         if self._unchecked:
             self._compare(inputs)
         try:
-            return self._run(*inputs)
+            return through_modes(self._run, *inputs)
         except Exception as error:
             return self._rescued(error, inputs)
 
@@ -250,7 +251,7 @@ class Step:
         run = self._forward or self._prepared()
         if not self._is_settled:
             self._is_settled = self._is_fixed and not is_waiting(run)
-        is_settled = self._is_settled
+        is_settled = self._is_settled and not is_watched()
         out = run(*inputs)
         if self.roles.updated:
             self.update(inputs, out)
