@@ -72,6 +72,7 @@ from rewriter.errors import (
 )
 from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
+from rewriter.modes import is_traced_by_a_mode
 from rewriter.nesting import mend_closing
 from rewriter.stateful import (
     WRITTEN_OUT,
@@ -910,11 +911,13 @@ def is_transformed() -> bool:
 def is_observed() -> bool:
     """Whether a transform, a dual level, a dispatch mode or compiled autograd is open around this
     call."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or is_inside_level()
-        or compiled_autograd.compiled_autograd_enabled
-    )
+    return torch._C._len_torch_dispatch_stack() > 0 or is_recorded()
+
+
+def is_recorded() -> bool:
+    """Whether a transform, a dual level, compiled autograd or a mode that traces is open around
+    this call: what is run there is part of a program of theirs."""
+    return is_inside_level() or compiled_autograd.compiled_autograd_enabled or is_traced_by_a_mode()
 
 
 def with_inputs_returned(captured: GraphModule, step: Callable[..., Any]) -> Callable[..., Any]:

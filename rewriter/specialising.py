@@ -24,6 +24,7 @@ from rewriter.capture import (
     compile_function,
     forget,
     is_dynamos_own,
+    is_recorded,
     refuse_no_grad_in_transforms,
     refuse_switched_off,
     with_inputs_returned,
@@ -41,11 +42,11 @@ from rewriter.errors import (
 )
 from rewriter.generators import forget_draws, undo_draws
 from rewriter.guarded import Miss, NoSpecialisation
-from rewriter.modes import is_traced_by_a_mode, is_watched, modes_set_aside
+from rewriter.modes import is_watched, modes_set_aside
 from rewriter.options import Options, is_disabled
 from rewriter.refusals import Call, Refusals
 from rewriter.snapshot import restored_on_error
-from rewriter.stateful import is_inside_level, set_aside
+from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, explaining, value_only
 
 
@@ -110,7 +111,7 @@ class Specialising(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In this order: inside of another capture Dynamo traces this line, and knows the answer to
         # the first question.
-        if torch.compiler.is_compiling() or not self.is_on or _runs_as_written():
+        if torch.compiler.is_compiling() or not self.is_on or is_recorded():
             return self.as_written(*args, **kwargs)
         if self._refused and not self.steps:
             refusal = self.refusal_of(args, kwargs)
@@ -285,12 +286,6 @@ def _where(function: Any) -> str:
         return "?"
     path, number = code.co_filename, code.co_firstlineno
     return f"{path}:{number}: {linecache.getline(path, number).strip()}"
-
-
-def _runs_as_written() -> bool:
-    """Whether what is around this call needs the function as written: a transform, a dual level, a
-    mode that traces."""
-    return is_inside_level() or is_traced_by_a_mode()
 
 
 @contextlib.contextmanager
