@@ -129,6 +129,7 @@ class OptimizedLoss(Specialising):
             in_full(rewritten, self.options),
             specialisations=known,
             breaks=[refusal.said for refusal in self.refusals],
+            spent=self.budget.spent,
             tiers=[line for step in own for line in step.tiers],
             verified="; ".join(step.verdict.said for step in own if step.verdict is not None),
         )
@@ -197,6 +198,7 @@ class OptimizedLoss(Specialising):
             reason=reason,
             layers=self.layers.reports(),
             function=self.name,
+            spent=self.budget.spent,
             sources=sources_of(place),
             breaks=tuple(dict.fromkeys([*(known.said for known in self.refusals), reason])),
         )

@@ -19,7 +19,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -47,14 +47,14 @@ class Spent:
     inputs: tuple[str, ...] = ()
     given_up: tuple[str, ...] = ()
 
-    def lines(self) -> tuple[str, ...]:
-        """Say it."""
+    def __str__(self) -> str:
         times = "once" if self.captures == 1 else f"{self.captures} times"
-        return (
-            f"captured {times}, {self.seconds:.1f} s",
-            *(f"{name} changes: an input" for name in self.inputs),
-            *self.given_up,
-        )
+        changing = f"; inputs because they change: {', '.join(self.inputs)}" if self.inputs else ""
+        return f"captured {times}, {self.seconds:.1f} s{changing}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
 
 
 @runtime_checkable

@@ -107,6 +107,7 @@ class OptimizedForward(Specialising):
             levels=tuple(found for tower in self.steps for found in level_reports(tower.base)),
             reasons=tuple(str(refusal) for refusal in self.refusals),
             layers=self.layers.reports(),
+            spent=self.budget.spent,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from passes.origin import origin_of, readable
 from passes.price import count_matmuls, evaluated, size_hints
 from passes.strategies import CONTRACTION, NAMES
 from rewriter.as_written import bytes_kept
+from rewriter.budget import Spent
 from rewriter.choose import Choice
 from rewriter.forms import AS_WRITTEN, REVERSE, Candidate
 from rewriter.report import Considered, Report, SiteReport
@@ -28,6 +29,7 @@ def make_report(
     specialisations: Sequence[Rewritten] = (),
     breaks: Sequence[str] = (),
     tiers: Sequence[str] = (),
+    spent: Spent | None = None,
     verified: str = "",
 ) -> Report:
     """Build the report of a rewritten loss.
@@ -37,6 +39,7 @@ def make_report(
         specialisations: All there are so far.
         breaks: Why calls of the loss were not captured.
         tiers: What runs its graphs at present.
+        spent: What captures have come to.
         verified: What came of comparing it with the loss as written.
     """
     taken = rewritten.choice.taken
@@ -65,6 +68,7 @@ def make_report(
         sources=_sources(rewritten),
         breaks=tuple(breaks),
         recompiles=_recompiles(specialisations),
+        spent=spent or Spent(),
         tiers=tuple(tiers),
         verified=verified,
     )

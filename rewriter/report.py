@@ -17,6 +17,7 @@ from rich.text import Text
 from torch.fx import GraphModule
 
 from passes.price import size_hints
+from rewriter.budget import Spent
 from rewriter.diff import StageDiff, diff_stages
 from rewriter.files import write_whole
 from rewriter.forms import Candidate
@@ -110,6 +111,8 @@ class Report:
         sources: The user's functions that nodes come from.
         breaks: Why calls of the loss were not captured, each kind of call once.
         recompiles: What each specialisation of the loss so far holds for.
+        spent: How often the loss was captured so far, how long that took, and which values that
+            keep changing were made inputs or given up.
         verified: What came of comparing the specialisation with the loss as written; empty before
             its first call.
         tiers: With ``start="tiered"``, a line for each graph: whether it runs op by op or compiled,
@@ -141,6 +144,7 @@ class Report:
     sources: tuple[Source, ...] = ()
     breaks: tuple[str, ...] = ()
     recompiles: tuple[str, ...] = ()
+    spent: Spent = field(default_factory=Spent)
     tiers: tuple[str, ...] = ()
     verified: str = ""
 
@@ -236,6 +240,7 @@ class Report:
             },
             "breaks": list(self.breaks),
             "recompiles": list(self.recompiles),
+            "captures": {**self.spent.to_dict(), "text": str(self.spent)},
             "tiers": list(self.tiers),
             "verified": self.verified,
         }

@@ -35,6 +35,8 @@ def text_of(record: dict[str, Any]) -> Text:
     if record["captured"]:
         lines = [*_head(record), *_sites(record), *_choices(record), *_stages(record)]
         lines += [*_totals(record["totals"]), *_list("specialisations", record["recompiles"])]
+        if record["captures"]["captures"] > 1:
+            lines.append([(record["captures"]["text"], "")])
         lines += _list("graphs", record["tiers"])
         if record["verified"]:
             lines += _wrapped([("verified: ", "bold")], record["verified"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from passes.price import evaluated, price, size_hints
+from rewriter.budget import Spent
 from rewriter.report_text import si
 from rewriter.tower import CompiledLevel
 
@@ -36,12 +37,14 @@ class TowerReport:
         levels: The levels of each specialisation, each before those made from it.
         reasons: Why calls run as written.
         layers: What became of the modules inside of one that runs as written.
+        spent: How often the module was captured, and what changed.
     """
 
     name: str
     levels: tuple[LevelReport, ...] = ()
     reasons: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    spent: Spent = field(default_factory=Spent)
 
     def __str__(self) -> str:
         lines = [
@@ -52,6 +55,8 @@ class TowerReport:
             lines.append(f"  {'  ' * level.order}level {level.order}, {level.what}: {work}")
         lines += [f"  runs as written: {reason}" for reason in self.reasons]
         lines += [f"    {line}" for line in self.layers]
+        if self.spent.captures > 1:
+            lines.append(f"  {self.spent}")
         return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from rewriter import NestedGradientWarning, OptimizedLoss, budget, optimize_nested
-from rewriter.errors import KeepsChanging
+from rewriter.errors import CaptureError, KeepsChanging
 from rewriter.layer import Layers, OptimizedForward
 
 X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
@@ -280,6 +280,92 @@ def test_given_up_values_leave_what_there_is() -> None:
     loss.steps[0]._run = lambda *inputs: counted.append(1) or inner(*inputs)
     assert storm(loss, net, lambda i: ("",), 2) == []
     assert len(counted) == 2 and len(loss.steps) == calls
+
+
+def test_the_report_counts_captures() -> None:
+    net, loss = Counting(), decorated(penalty)
+    assert "captured" not in str(loss.explain(net, X))
+    storm(loss, net, nothing, 3)
+    report = loss.explain(net, X)
+    assert "captured 2 times, " in str(report)
+    assert "inputs because they change: net.number" in str(report)
+    spent = report.to_dict()["captures"]
+    assert (
+        spent["captures"] == 2 and spent["seconds"] > 0 and list(spent["inputs"]) == ["net.number"]
+    )
+    loss = decorated(of_text)
+    storm(loss, net, lambda i: ("a" * i,), 5)
+    report = loss.explain(net, X, "b")
+    assert not report.captured and "`text` keeps changing" in report.reason
+    assert len(report.to_dict()["captures"]["given_up"]) == 1
+
+
+def counted(loss: OptimizedLoss) -> list[Any]:
+    """Return a list that grows with each capture that is begun."""
+    begun: list[Any] = []
+    inner = loss._capture
+
+    def capture(args: Any, kwargs: Any) -> Any:
+        begun.append(args)
+        return inner(args, kwargs)
+
+    loss._capture = capture  # pyright: ignore[reportAttributeAccessIssue]
+    return begun
+
+
+def test_a_refused_loss_is_not_captured_for_each_size_and_network() -> None:
+    loss = decorated(by_layer)
+    begun = counted(loss)
+    with pytest.warns(NestedGradientWarning) as given:
+        for size in range(1, 6):
+            loss(net := Net(), X[:1].expand(size, 2))
+            torch.testing.assert_close(
+                loss(net, X[:1].expand(size, 2)), by_layer(net, X[:1].expand(size, 2))
+            )
+    assert len(begun) == 2 and len(given) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.autograd.detect_anomaly, lambda: torch.autocast("cpu")])
+def test_a_refusal_under_a_mode_holds_under_it_alone(mode: Callable[[], Any]) -> None:
+    """Whether a loss is captured is asked again where PyTorch computes in another mode."""
+    refused = True
+
+    class Refused(OptimizedLoss):
+        def _capture(self, args: Any, kwargs: Any) -> Any:
+            if refused:
+                raise CaptureError("refused", "here")
+            return super()._capture(args, kwargs)
+
+    net, loss = Net(), decorated(penalty)
+    loss = Refused(penalty, loss.options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with mode():
+            loss(net, X)
+    assert [str(reason) for reason in loss.refusals] == ["refused (at here)"]
+    refused = False
+    assert storm(loss, net, nothing, 2) == [] and len(loss.steps) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with mode():
+            torch.testing.assert_close(loss(net, X), penalty(net, X))
+    assert len(loss.steps) == 1
+
+
+def test_a_refused_call_leaves_what_there_is() -> None:
+    """A kind of call that was captured stays so, whatever becomes of another with the same
+    types."""
+
+    def loss(net: nn.Module, x: Tensor, mode: str) -> Tensor:
+        return penalty(net, x) if mode == "plain" else by_layer(net, x)
+
+    made, net = decorated(loss), Net()
+    assert storm(made, net, lambda i: ("plain",), 1) == []
+    assert len(storm(made, net, lambda i: ("other",), 2)) == 1
+    run = made.steps[0]._run
+    calls: list[Any] = []
+    made.steps[0]._run = lambda *inputs: calls.append(1) or run(*inputs)
+    assert storm(made, net, lambda i: ("plain",), 2) == [] and len(calls) == 2
 
 
 def test_strict_raises_when_a_value_is_given_up() -> None:
