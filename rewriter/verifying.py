@@ -25,12 +25,21 @@ from rewriter.capture import source_name
 from rewriter.comparing import Difference, Run, from_plain, worst
 from rewriter.dump import dump_failed, dump_internal
 from rewriter.errors import CheckFailed, NestedGradientWarning, OptimizeNestedError
+from rewriter.forms import written_out
 from rewriter.generators import Generators, generators_restored
 from rewriter.log import logger
 from rewriter.rewrite import Rewritten
 from rewriter.stateful import set_aside
 
 PAGE = "docs/wrong_in_pytorch.md"
+WRONG_IN_PYTORCH = frozenset(
+    {
+        torch.det, torch.linalg.det, torch.logdet, torch.slogdet, torch.linalg.slogdet,
+        torch.inverse, torch.linalg.inv, torch.linalg.solve, "det", "logdet", "slogdet", "inverse",
+    }
+)  # fmt: skip
+"""Functions whose forward mode over forward mode, or reverse mode over forward mode over reverse
+mode, is not right in every version of PyTorch that we support."""
 _RERUNS = 4
 _SEED = 20
 
@@ -285,32 +294,44 @@ def pytorch_is_wrong(
     """Return by which numbers PyTorch's derivatives are wrong and ours right; None if that is not
     so, or not decided.
 
+    The judge is never one of our graphs alone, which may be what is wrong: it is differences of the
+    value as written, or PyTorch's autograd on the formula of a layer. Only for operators without
+    one that are known to be wrong in PyTorch it is differences inside of the flat graph.
+
     Args:
         rewritten: The specialisation.
         inputs: Those that it was run on.
         ours: What it gave.
         plain: What PyTorch gave.
     """
-    graph = judge.widened_graph(rewritten.derivative)
     wide = [judge.widened(x) for x in inputs]
-    differentiable, wanted = rewritten.roles.differentiable, rewritten.roles.wanted
-
-    def value(moved: Sequence[Any]) -> Tensor:
-        found = judge.run(graph, moved)
-        return torch.stack([found[i].sum().real for i in differentiable]).sum()
-
     try:
-        exact = judge.check_sites(graph, wide)
-        pairs = zip(ours.values, plain.values, exact, strict=False)
-        if not all(is_near(mine, right) for mine, _, right in pairs):
-            return None
-        if not ours.grads:
-            return f"each derivative in it agrees with finite differences here; see {PAGE}"
-        numbers = judge.nearer(value, wide, wanted, ours.grads, plain.grads)
+        pairs = zip(ours.values, plain.values, strict=True)
+        if all(is_near(mine, judge.widened(theirs)) for mine, theirs in pairs):
+            return _by_differences_of_the_loss(rewritten, wide, ours, plain)
+        return _by_formulas(rewritten, inputs, ours) or _by_differences_inside(
+            rewritten, wide, ours
+        )
     # An operator that float64 is no input of is no case for finite differences either.
     except (judge.Undecided, RuntimeError):
         return None
-    right, by_ours, by_plain = numbers
+
+
+def _by_differences_of_the_loss(
+    rewritten: Rewritten, wide: Sequence[Any], ours: Run, plain: Run
+) -> str | None:
+    """Decide about gradients of a value that both agree on."""
+    if not ours.grads:
+        return None
+    start = Generators.now()
+
+    def value(moved: Sequence[Any]) -> Tensor:
+        start.set()
+        ends = plain_run(rewritten, moved, value_only=True).values
+        return torch.stack([ends[i].detach().sum().real for i in differentiable]).sum()
+
+    differentiable, wanted = rewritten.roles.differentiable, rewritten.roles.wanted
+    right, by_ours, by_plain = judge.nearer(value, wide, wanted, ours.grads, plain.grads)
     off, off_as_written = abs(right - by_ours), abs(right - by_plain)
     if off > 1e-3 * max(abs(right), abs(by_ours)) or off_as_written < 10 * off:
         return None
@@ -318,6 +339,40 @@ def pytorch_is_wrong(
         f"along the direction in which the gradients differ, finite differences give {right:.6g}, "
         f"ours {by_ours:.6g}, PyTorch's {by_plain:.6g}; see {PAGE}"
     )
+
+
+def _by_formulas(rewritten: Rewritten, inputs: Sequence[Any], ours: Run) -> str | None:
+    """Decide by PyTorch's autograd on the formulas of layers that it has derivatives of its own
+    for."""
+    captured = written_out(rewritten.captured)
+    if [n.target for n in captured.graph.nodes] == [
+        n.target for n in rewritten.captured.graph.nodes
+    ]:
+        return None
+
+    def by_formula(given: Sequence[Any]) -> Run:
+        start.set()
+        return plain_run(rewritten, given, value_only=not ours.grads, captured=captured)
+
+    start = Generators.now()
+    reference = by_formula(inputs)
+    names = names_of(rewritten, value_only=not ours.grads)
+    if differs(names, ours, reference, by_formula, inputs):
+        return None
+    return f"with its layers written as formulas it gives what is given here; see {PAGE}"
+
+
+def _by_differences_inside(rewritten: Rewritten, wide: Sequence[Any], ours: Run) -> str | None:
+    """Decide about a value with derivatives of operators inside that PyTorch is known to get
+    wrong."""
+    known = {node.target for node in rewritten.captured.graph.nodes} & WRONG_IN_PYTORCH
+    flat = next((stage for stage in rewritten.stages if stage.name == "flatten"), None)
+    if not known or flat is None:
+        return None
+    exact = judge.check_sites(judge.widened_graph(flat.runnable), wide)
+    if not all(map(is_near, ours.values, exact)):
+        return None
+    return f"each derivative in it agrees with finite differences here; see {PAGE}"
 
 
 def is_near(mine: Any, exact: Any) -> bool:
@@ -329,11 +384,17 @@ def is_near(mine: Any, exact: Any) -> bool:
     return bool(((judge.widened(mine) - exact).abs() <= rough * size).all())
 
 
-def plain_run(rewritten: Rewritten, inputs: Sequence[Any], *, value_only: bool = False) -> Run:
-    """Run the loss as written on copies of ``inputs``."""
+def plain_run(
+    rewritten: Rewritten,
+    inputs: Sequence[Any],
+    *,
+    value_only: bool = False,
+    captured: GraphModule | None = None,
+) -> Run:
+    """Run the loss as written on copies of ``inputs``, or another captured graph in its place."""
     roles = rewritten.roles
     start = [i for i in roles.wanted if i not in rewritten.flat.promoted]
-    values, own = run_as_written(rewritten.captured, inputs, start)
+    values, own = run_as_written(captured or rewritten.captured, inputs, start)
     grads = [] if value_only else gradients_of(values, [own[i] for i in roles.wanted])
     return Run(values, grads, [own[i] for i in roles.updated], Generators.now())
 
