@@ -61,14 +61,16 @@ def flatten(captured: GraphModule) -> Flat:
     Raises:
         CaptureError: The graph holds something whose meaning would be lost.
     """
-    module, promoted = _recorded(captured)
+    module, marking = _recorded(captured)
     n_outputs = len(results(module.graph))
     note_new(module, "flatten")
-    return Flat(module, n_outputs, _take_out_updates(module), promoted)
+    inputs = placeholders(captured.graph)
+    constant = {i for i, node in enumerate(inputs) if node in marking.renormalised}
+    return Flat(module, n_outputs, _take_out_updates(module, constant), marking.promoted)
 
 
-def _recorded(captured: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
-    """Return the flat graph, writes to inputs still in it, and the promoted inputs."""
+def _recorded(captured: GraphModule) -> tuple[GraphModule, Marking]:
+    """Return the flat graph, writes to inputs still in it, and what has made it."""
     try:
         module, marking = _run(captured, expand_points=False)
     except NeedsBatchedPoint:
@@ -89,7 +91,7 @@ def _recorded(captured: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.target = STOP
     _give_bodies(module, marking.functions)
-    return module, marking.promoted
+    return module, marking
 
 
 def _give_bodies(module: GraphModule, functions: Sequence[UserFunction]) -> None:
@@ -135,9 +137,9 @@ def _stop_intermediates(forward: GraphModule, n_outputs: int) -> None:
 
 def _body(half: GraphModule, here: str) -> GraphModule:
     """Flatten and nest one half of a user's `autograd.Function`."""
-    module, promoted = _recorded(half)
+    module, marking = _recorded(half)
     computed = [node for node in module.graph.nodes if node.op == "call_function"]
-    if promoted or any(is_impure(node) for node in computed):
+    if marking.promoted or any(is_impure(node) for node in computed):
         raise CaptureError(
             "a user-defined autograd.Function that draws random numbers or changes its inputs", here
         )
@@ -163,8 +165,14 @@ def _run(captured: GraphModule, *, expand_points: bool) -> tuple[GraphModule, Ma
     return trace_before_autograd(run, constants, mode), marking
 
 
-def _take_out_updates(module: GraphModule) -> tuple[int, ...]:
-    """Turn writes to inputs at the graph's end into results of the graph."""
+def _take_out_updates(module: GraphModule, constant: set[int]) -> tuple[int, ...]:
+    """Turn writes to inputs at the graph's end into results of the graph.
+
+    Args:
+        module: The graph.
+        constant: Positions of inputs whose new values are constants, though the graph goes on with
+            them as what the old ones are to derivatives.
+    """
     graph = module.graph
     position = {node: index for index, node in enumerate(placeholders(graph))}
     new: dict[int, Any] = {}
@@ -173,6 +181,10 @@ def _take_out_updates(module: GraphModule) -> tuple[int, ...]:
         if written not in position:
             raise CaptureError(f"the loss writes to {written}, which is neither input nor its own")
         new[position[written]] = value
+        if position[written] in constant:
+            with graph.inserting_before(node):
+                new[position[written]] = graph.call_function(STOP, (value,))
+            new[position[written]].meta = dict(node.meta)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
     output = graph.output_node()

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import eager_transforms, predispatch
 from torch.fx import GraphModule, Interpreter, Node
@@ -31,7 +32,7 @@ from passes.tracing import values_unknown
 from rewriter import nesting
 from rewriter.capture import example_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
-from rewriter.memory import Memory, requires_grad, written_by
+from rewriter.memory import Memory, is_renormalising, requires_grad, written_by
 from rewriter.numbers import is_number
 from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.stateful import MIXES, write_outside
@@ -84,6 +85,7 @@ class Marking(Interpreter):
         self.promoted = tuple(i for i, node in enumerate(inputs) if node in changed)
         self.promoted_nodes = {inputs[i] for i in self.promoted}
         self.raw: dict[Node, Any] = {}
+        self.renormalised: set[Node] = set()
         self.handlers: dict[Any, Callable[..., Any]] = {
             torch.autograd.grad: self._autograd_grad,
             eager_transforms._autograd_grad: self._func_grad,
@@ -99,6 +101,8 @@ class Marking(Interpreter):
             _AUTOGRAD._get_data_attr: stop_mark,
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.instance_norm: self._instance_norm,
+            torch.nn.functional.embedding: self._embedding,
+            torch.nn.functional.embedding_bag: self._embedding_bag,
             write_outside: self._write_outside,
             torch.select_scatter: select_scatter,
             torch.nn.functional.dropout: self._dropout,
@@ -313,6 +317,46 @@ class Marking(Interpreter):
         running_var.copy_(stop_mark(var.reshape(n, channels).mean(0)))
         return normal.reshape(x.shape)
 
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        *options: Any,
+        **named: Any,
+    ) -> Tensor:
+        self._renormalise(weight, input, max_norm, norm_type)
+        return F.embedding(input, weight, padding_idx, None, norm_type, *options, **named)
+
+    def _embedding_bag(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        *options: Any,
+        **named: Any,
+    ) -> Tensor:
+        self._renormalise(weight, input, max_norm, norm_type)
+        return F.embedding_bag(input, weight, offsets, None, norm_type, *options, **named)
+
+    def _renormalise(
+        self, table: Tensor, rows: Tensor, max_norm: float | None, norm_type: float
+    ) -> None:
+        """Write the rows that are looked up, made shorter, to the table, as its new value: a
+        derivative with respect to the table is one at that value."""
+        if max_norm is None:
+            return
+        if self.vmaps:
+            raise CaptureError("max_norm of an embedding under vmap", where(self.node_running))
+        self.renormalised.update(written_by(self.node_running))
+        old = stop_mark(table)
+        new = aten.embedding_renorm.default(old, rows.contiguous(), max_norm, norm_type)
+        table.copy_(stop_mark(new) + (table - old))
+
     def _dropout(
         self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
@@ -508,4 +552,6 @@ _COPIES = {_AUTOGRAD._get_data_attr}
 
 
 def _writes_to_differentiable(node: Node) -> bool:
+    if is_renormalising(node):
+        return False  # it has no derivative, under `no_grad` or not
     return any(getattr(example_of(w), "requires_grad", False) for w in written_by(node))

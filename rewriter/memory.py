@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
@@ -37,6 +38,8 @@ def written_by(node: Node) -> list[Node]:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     if node.target is write_outside:
         found = [node.args[1]]
+    elif is_renormalising(node):
+        found = [_option(node, "weight")]
     elif (
         node.target in _IN_PLACE
         or (name.endswith("_") and not name.endswith("__"))
@@ -45,6 +48,12 @@ def written_by(node: Node) -> list[Node]:
         found = [node.args[0] if node.args else node.kwargs.get("input")]
     found += pytree.tree_leaves(node.kwargs.get("out"))
     return [item for item in found if isinstance(item, Node)]
+
+
+def is_renormalising(node: Node) -> bool:
+    """Whether a node looks rows up in a table and makes them shorter there, in place."""
+    is_lookup = node.target in (F.embedding, F.embedding_bag)
+    return is_lookup and _option(node, "max_norm") is not None
 
 
 def _option(node: Node, name: str) -> Any:
