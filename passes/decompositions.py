@@ -115,7 +115,28 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _scatter(name: str) -> Callable[..., Any]:
+    """Write into a complex tensor by its real and imaginary parts: PyTorch's operator has no
+    derivative there."""
+
+    def scatter(x: Tensor, source: Tensor, dim: int = 0, *place: Any) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        parts = [torch.view_as_real(part.resolve_conj()) for part in (x, source)]
+        return torch.view_as_complex(getattr(torch, name)(*parts, dim % x.dim(), *place))
+
+    return scatter
+
+
+_SCATTERED = {
+    aten.slice_scatter.default: _scatter("slice_scatter"),
+    # By its parts, as PyTorch has them, it is a choice by an index that is compared; that all else
+    # is zero is lost.
+    aten.select_scatter.default: _scatter("select_scatter"),
+}
+
 _PLAIN: dict[Any, Callable[..., Any]] = {
+    **_SCATTERED,
     aten.rand_like.default: _draw_like("rand"),
     aten.randn_like.default: _draw_like("randn"),
     aten.full_like.default: _full_like,
@@ -174,8 +195,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     for kept in (
         aten.max_pool2d_with_indices_backward.default,
         aten.linalg_vector_norm.default,
-        # By its parts it is a choice by an index that is compared; that all else is zero is lost.
-        aten.select_scatter.default,
         # As an alias it would be lost; in what a user wrote it stops gradients.
         aten.detach.default,
     ):

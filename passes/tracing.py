@@ -143,7 +143,10 @@ def _is_plain(write: Node, written: set[Any], order: dict[Node, int]) -> bool:
     if not isinstance(source, Node) or source in written or not isinstance(target, Node):
         return False
     a, b = value_of(target), value_of(source)
-    layouts = [(x.dtype, x.device, str(x.shape), str(x.stride())) for x in (a, b)]
+    # A copy carries out a conjugation, without which nothing can be viewed as real.
+    layouts = [
+        (x.dtype, x.device, str(x.shape), str(x.stride()), x.is_conj(), x.is_neg()) for x in (a, b)
+    ]
     before = [user for user in target.users if order[user] < order[write]]
     return layouts[0] == layouts[1] and all(map(_is_fresh, [target, *before]))
 
