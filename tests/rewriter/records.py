@@ -214,6 +214,7 @@ def make_record(layers: int = 3) -> dict[str, Any]:
             "nodes": len(after),
         },
         "breaks": [],
+        "verified": "",
         "recompiles": ["batch 32 → any batch from 2 on"],
     }
 
