@@ -66,6 +66,14 @@ def _full_like(x: Tensor, value: Any, *, dtype: Any = None, device: Any = None, 
     return torch.full(x.shape, value, dtype=dtype or x.dtype, device=device or x.device)
 
 
+def _new_full(
+    x: Tensor, size: Any, value: Any, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    """Make a constant of a shape, so that it does not seem to depend on ``x``: a derivative that is
+    only asked for its type would be part of what it is a seed of."""
+    return torch.full(size, value, dtype=dtype or x.dtype, device=device or x.device)
+
+
 def _empty_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     """Make an empty tensor of a shape; strides are kept because a draw fills memory in order."""
     dtype, device = dtype or x.dtype, device or x.device
@@ -143,6 +151,9 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
     aten.zeros_like.default: lambda x, **options: _full_like(x, 0, **options),
     aten.ones_like.default: lambda x, **options: _full_like(x, 1, **options),
     aten.empty_like.default: _empty_like,
+    aten.new_full.default: _new_full,
+    aten.new_zeros.default: lambda x, size, **options: _new_full(x, size, 0, **options),
+    aten.new_ones.default: lambda x, size, **options: _new_full(x, size, 1, **options),
     aten.copy.default: _copy,
     aten._efficientzerotensor.default: torch.zeros,
     aten.native_dropout.default: _native_dropout,

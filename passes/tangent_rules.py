@@ -285,6 +285,24 @@ def _clamp(target: Any, out: Tensor, args: tuple, kwargs: dict, along: tuple) ->
     return torch.where(inside, along[0], 0)
 
 
+def _eigh(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any:
+    """``λ̇ᵢ = (Vᵀ Ȧ V)ᵢᵢ``, ``V̇ = V (Vᵀ Ȧ V / E)`` with ``Eᵢⱼ = λⱼ − λᵢ`` and nothing on the
+    diagonal.
+
+    PyTorch's own rule divides by the zeros of that diagonal before it puts zeros there, so that
+    the derivative of the rule is not a number.
+    """
+    values, vectors = out
+    inner = vectors.mT @ along[0] @ vectors
+    on_diagonal = torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)
+    gaps = torch.where(on_diagonal, 1, values.unsqueeze(-2) - values.unsqueeze(-1))
+    turned = torch.where(on_diagonal, 0, inner) / gaps
+    return inner.diagonal(0, -2, -1), vectors @ turned
+
+
+# Operators that read symmetric matrices, and are differentiated along those.
+SYMMETRIC = {aten._linalg_eigh.default: _eigh}
+
 # Rules that hold for complex tensors too; the formulas of all others are those of real numbers.
 REAL_LINEAR = {
     *LINEAR,
@@ -355,6 +373,8 @@ def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -
         return _pytorch_rule(target, out, args, kwargs, along)
     if target in CUSTOM:
         return CUSTOM[target].tangent(target, out, args, kwargs, along)
+    if target in SYMMETRIC and all(x.numel() for x in out):  # vectors may be left out
+        return SYMMETRIC[target](target, out, args, kwargs, along)
     if target in RULES:
         return RULES[target](target, out, args, kwargs, along)
     if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):

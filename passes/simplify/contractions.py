@@ -41,6 +41,10 @@ def contract_first(graph: Graph) -> int:
                 with graph.inserting_before(node):
                     scaled = call(graph, aten.mul.Tensor, pair, {}, node)
                     node.args = (scaled, *node.args[1:])
+                # What was formed is gone: two sums that could each take the other's product would
+                # change places for ever.
+                gone, _ = _matrix(formed)
+                known = {key: made for key, made in known.items() if made is not gone}
                 changes += 1
                 break
     return changes

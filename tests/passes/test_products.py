@@ -296,6 +296,21 @@ def test_contract_first(name: str) -> None:
     assert_rule(contracted, CONTRACTED[name])
 
 
+def test_two_sums_do_not_change_places() -> None:
+    """``Σ a ⊙ (g cᵀ) = Σ c ⊙ (aᵀ g)``: each could take the other's product."""
+
+    def function(a: Tensor, c: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        one = (a * torch.bmm(g, turned(c))).sum([])
+        return one, (c * torch.bmm(turned(a), g)).sum([])
+
+    square = random_points(2, 3, 3)
+    module = make_fx(function, tracing_mode="fake")(square, square.sin(), square.cos())
+    assert contracted(module.graph) == 1
+    assert contracted(module.graph) == 0
+    left = module.graph.find_nodes(op="call_function", target=aten.bmm.default)
+    assert len(left) == 1
+
+
 def test_symbolic_sizes() -> None:
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return torch.bmm(x, w.expand(x.shape[0], 3, 4)), torch.bmm(turned(x), y).sum([0])

@@ -583,3 +583,18 @@ def test_argument_in_a_list_moves_alone() -> None:
     case = Case(aten.cat.default, ([normal(2), normal(3)],))
     _, (tangent,) = push_forward(one_op_graph(case), tensors_of(case), [None, torch.ones(3)])
     assert tangent.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_eigenvectors() -> None:
+    """PyTorch's own rule, along a symmetric direction, and one whose derivative is finite."""
+    matrix = normal(2, 4, 4)
+    matrix, moved = matrix + matrix.mT, matrix.sin() + matrix.mT.sin()
+    target, out = aten._linalg_eigh.default, torch.linalg.eigh(matrix)
+    found = tangent_of(target, out, (matrix,), {}, (moved,))
+    expected = tables._pytorch_rule(target, out, (matrix,), {}, (moved,))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    given = matrix.requires_grad_()
+    turned = tangent_of(target, torch.linalg.eigh(given), (given,), {}, (moved,))[1]
+    (grad,) = torch.autograd.grad(turned.square().sum(), given)
+    assert grad.isfinite().all()

@@ -184,3 +184,26 @@ def test_function_of_numbers(name: str, second: Callable[..., Tensor]) -> None:
 
 
 _ONE = torch.ones(1, dtype=torch.float64)
+
+
+def test_norm_of_a_hessian_by_rows() -> None:
+    """The seeds of the outer Jacobian are asked for with the inner one's type; that does not make
+    them depend on it."""
+
+    def loss(x: Tensor) -> Tensor:
+        hessian = torch.func.jacrev(torch.func.jacrev(lambda p: (p**3).sum()))
+        return hessian(x).square().sum()
+
+    (found,) = gradient_of(optimize_nested(loss, backend="eager"), X)
+    torch.testing.assert_close(found, 72 * X, rtol=1e-12, atol=0)
+
+
+def test_forward_mode_twice_through_eigenvalues() -> None:
+    """The third derivative is not a number as written, at any matrix."""
+
+    def trace_of_exponential(a: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh((a + a.mT) / 2).exp().sum()
+
+    matrix = torch.tensor([[1.0, 0.3, 0.1], [0.2, 2.0, 0.5], [0.4, 0.1, 4.0]], dtype=torch.float64)
+    ours, _ = run_case(Case("eigvalsh", trace_of_exponential, matrix), "jvp, jvp")
+    assert ours == RIGHT
