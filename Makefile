@@ -48,12 +48,13 @@ $(VENV)/.clients: $(STAMP)
 clients: $(VENV)/.clients ## Train networks by DeepXDE, SchNetPack, zuko and torchdiffeq as towers
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/clients $(ARGS)
 
-# How many random programs `make fuzz` runs, shared out among the families in tests/programs.py.
+# How many random programs `make fuzz` runs, shared out among the families in tests/programs.py and
+# tests/host_programs.py.
 N ?= 1000
 
 .PHONY: fuzz
 fuzz: setup ## Compare random programs with themselves as written, others each time (N=5000)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 8)) \
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PROGRAMS_PER_FAMILY=$$(($(N) / 13)) \
 		$(BIN)/python -m pytest tests/test_fuzz.py -s -m "not slow" --hypothesis-profile=fuzz $(ARGS)
 
 # What builds the documentation site; without it the test that does so is skipped.

@@ -127,7 +127,8 @@ def _read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         yield from _contents(name, cell)
     defaults = function.__defaults__ or ()
     own = code.co_varnames[: code.co_argcount]
-    yield from zip(own[len(own) - len(defaults) :], defaults, strict=True)
+    # Python itself does not mind more defaults than there are arguments; they belong to the last.
+    yield from zip(reversed(own), reversed(defaults), strict=False)
     yield from (function.__kwdefaults__ or {}).items()
     names = list(dict.fromkeys(_names_in(code)))
     for name in names:

@@ -11,9 +11,11 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, note, reject, settings
+from hypothesis import Phase, given, note, reject, settings
 from hypothesis import strategies as st
 
+from tests.host_programs import HOST_FAMILIES, host_programs
+from tests.host_programs import run as run_host_program
 from tests.programs import FAMILIES, Discarded, Fallback, Program, programs, run
 
 # Reasons for which a program may run as written: PyTorch's own limits, while Dynamo runs it on fake
@@ -33,8 +35,12 @@ ACCEPTED = {
     "updates its state, inside of a vmap": "a vmap over BatchNorm in train mode",
 }
 
+# Families of host code most of whose programs are captured whole; the others are made to fall back.
+CAPTURED = {"recordings", "types", "complex"}
+
 # The operator database, which other tests import, loads a profile of its own.
 PROFILE = settings()
+IS_FUZZING = Phase.shrink in PROFILE.phases
 
 
 class Tally:
@@ -78,6 +84,32 @@ def check(program: Program, tally: Tally) -> None:
         tally.add(f"as written: {ACCEPTED[accepted[0]]}")
     else:
         tally.add("compared")
+
+
+@pytest.mark.parametrize("family", HOST_FAMILIES)
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=[pytest.mark.slow])])
+# A network of another dtype under PyTorch's averaging, and what else PyTorch says of programs.
+@pytest.mark.filterwarnings("ignore")
+def test_programs_around_host_code(family: str, times: int) -> None:
+    tally = Tally(family)
+
+    @given(st.data())
+    def each(data: st.DataObject) -> None:
+        program = data.draw(host_programs(family))
+        note(repr(program))
+        torch._dynamo.reset()
+        try:
+            is_captured = run_host_program(program)
+        except Discarded as why:
+            tally.add(f"discarded: {why}")
+            reject()
+        tally.add("compared" if is_captured else "as written or by layer")
+
+    each_time = PROFILE.max_examples if IS_FUZZING else 2
+    settings(PROFILE, max_examples=times * each_time)(each)()
+    print(tally)
+    if family in CAPTURED and tally.counts.total() > 10:
+        assert tally.compared >= 0.4 * tally.counts.total(), f"most are not captured:\n{tally}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
