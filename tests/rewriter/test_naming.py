@@ -1,8 +1,0 @@
-
-
-def test_a_function_with_more_defaults_than_arguments_is_looked_through() -> None:
-    def f(a: int) -> int:
-        return a
-
-    f.__defaults__ = (1, 2)
-    assert ("a", 2) in list(holders._read_by(f))
