@@ -72,7 +72,7 @@ from rewriter.errors import (
 )
 from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
-from rewriter.modes import is_traced_by_a_mode
+from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
 from rewriter.stateful import (
     WRITTEN_OUT,
@@ -917,7 +917,9 @@ def is_observed() -> bool:
 def is_recorded() -> bool:
     """Whether a transform, a dual level, compiled autograd or a mode that traces is open around
     this call: what is run there is part of a program of theirs."""
-    return is_inside_level() or compiled_autograd.compiled_autograd_enabled or is_traced_by_a_mode()
+    if is_inside_level() or compiled_autograd.compiled_autograd_enabled:
+        return True
+    return bool(is_watched()) and is_traced_by_a_mode()
 
 
 def with_inputs_returned(captured: GraphModule, step: Callable[..., Any]) -> Callable[..., Any]:

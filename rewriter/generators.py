@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import gc
 import pickle
 import random
@@ -123,9 +124,8 @@ def noted(draw: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def forget_draws() -> None:
-    """Begin a call: what was drawn so far stays drawn."""
-    _before_draws.set(None)
+forget_draws: Callable[[], object] = functools.partial(_before_draws.set, None)
+"""Begin a call: what was drawn so far stays drawn."""
 
 
 def undo_draws() -> None:

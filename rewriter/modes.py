@@ -38,6 +38,9 @@ _HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 
 _aside: contextvars.ContextVar[Modes] = contextvars.ContextVar("aside", default=())
 
+set_aside_here: Callable[[], Modes] = _aside.get
+"""The modes that were set aside around this call."""
+
 
 def is_traced_by_a_mode() -> bool:
     """Whether a mode around this call takes what is run for a program of its own."""
@@ -90,7 +93,7 @@ def _without_trackers() -> Iterator[None]:
 
 def through_modes(run: Callable[..., Any], *args: Any) -> Any:
     """Call a function under the modes that were set aside."""
-    modes = _aside.get()
+    modes = set_aside_here()
     if not modes:
         return run(*args)
     token = _aside.set(())
@@ -102,11 +105,6 @@ def through_modes(run: Callable[..., Any], *args: Any) -> Any:
         for _ in modes:
             dispatch._pop_mode()
         _aside.reset(token)
-
-
-def are_set_aside() -> bool:
-    """Whether modes were set aside around this call."""
-    return bool(_aside.get())
 
 
 class Watchable:
@@ -121,7 +119,7 @@ class Watchable:
         self._compile, self._make = compile, op_by_op
         self._compiled: Any = None
         self._plain: Any = None
-        if not (is_watched() or are_set_aside()):
+        if not (is_watched() or set_aside_here()):
             self._compiled = compile()
 
     def __call__(self, *inputs: Any) -> Any:

@@ -49,9 +49,6 @@ class Refusals:
         self.all: list[CaptureError] = []
         self._by_call: dict[Any, CaptureError] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self.all)
-
     def add(self, call: Call, refusal: CaptureError) -> None:
         """Let calls like this one run as written."""
         if isinstance(refusal, TooLittleWork):

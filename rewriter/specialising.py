@@ -113,7 +113,7 @@ class Specialising(ABC):
         # the first question.
         if torch.compiler.is_compiling() or not self.is_on or is_recorded():
             return self.as_written(*args, **kwargs)
-        if self._refused and not self.steps:
+        if self._refused.all and not self.steps:
             refusal = self.refusal_of(args, kwargs)
             if refusal is not None:
                 return self._run_uncaptured(refusal, args, kwargs)
@@ -151,7 +151,7 @@ class Specialising(ABC):
             except CaptureError:
                 undo_draws()
                 raise
-        if self._refused and not explaining.get():
+        if self._refused.all and not explaining.get():
             refusal = self.refusal_of(args, kwargs)
             if refusal is not None:
                 raise refusal.with_traceback(None)
@@ -212,7 +212,7 @@ class Specialising(ABC):
 
     def refusal_of(self, args: Any, kwargs: Any) -> CaptureError | None:
         """Return why calls like this one run as written, if they have been found to."""
-        return self._refused.of(args, kwargs) if self._refused else None
+        return self._refused.of(args, kwargs) if self._refused.all else None
 
     def _built(self, captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """Be Dynamo's backend."""

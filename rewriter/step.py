@@ -30,7 +30,7 @@ from rewriter.gradients import (
     pulled_back,
     uncompiled,
 )
-from rewriter.modes import is_watched, through_modes
+from rewriter.modes import is_watched, set_aside_here, through_modes
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
@@ -140,10 +140,12 @@ class Step:
         if self._unmeasured and not value_only.get():
             self._unmeasured = False
             self._take_fastest(inputs)
-        if self._unchecked:
+        if self._unchecked and (_GRADIENTS in self._unchecked or value_only.get()):
             self._compare(inputs)
         try:
-            return through_modes(self._run, *inputs)
+            if set_aside_here():
+                return through_modes(self._run, *inputs)
+            return self._run(*inputs)
         except Exception as error:
             return self._rescued(error, inputs)
 
@@ -185,7 +187,7 @@ class Step:
         """
         is_value = value_only.get() or not self.roles.differentiable
         part = _VALUE if is_value else _GRADIENTS
-        if part not in self._unchecked or is_observed():
+        if part not in self._unchecked or is_observed() or set_aside_here():
             return
         if self.options.check:
             self._unchecked -= {part}

@@ -54,7 +54,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 
 def test_nothing_is_copied(net: nn.Module, x: Tensor, computed: set[int]) -> None:
-    loss = optimize_nested(penalty, backend="eager")
+    loss = optimize_nested(penalty, backend="eager", verify=False)
     loss(net, x).backward()
     wanted = [*net.parameters(), x]
     assert {p.grad.data_ptr() for p in wanted if p.grad is not None} == computed
@@ -204,4 +204,5 @@ def test_a_call_is_thin(layers: int) -> None:
     values = []
     assert python_calls(lambda: values.append(loss(net, x))) - in_graph <= 21
     least = torch.ones((), requires_grad=True).square()
-    assert python_calls(values[0].backward) - python_calls(least.backward) <= 5
+    # Two of them ask whether Dynamo traces the pass.
+    assert python_calls(values[0].backward) - python_calls(least.backward) <= 7
