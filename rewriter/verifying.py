@@ -62,6 +62,20 @@ class Verdict:
 SAME = Verdict(False, "the same as the loss as written, at the first call")
 
 
+APART = Verdict(False, "not compared: other processes would have to run it as often")
+
+
+def communicates(captured: GraphModule) -> bool:
+    """Whether a captured graph waits for other processes, which would have to run it as often as
+    this one does."""
+    targets = (node.target for node in captured.graph.nodes)
+    return any("c10d" in str(t) or _module_of(t).startswith("torch.distributed") for t in targets)
+
+
+def _module_of(target: Any) -> str:
+    return str(getattr(target, "__module__", ""))
+
+
 def tell(verdict: Verdict, name: str, *, strict: bool) -> None:
     """Tell the user what he has to know of a verdict.
 
@@ -105,6 +119,8 @@ def verify_step(
         inputs: Those of the call.
         value_only: Whether gradients are off.
     """
+    if communicates(rewritten.captured):
+        return APART
     with set_aside(), generators_restored() as start:
         return _verdict(rewritten, run, inputs, start, value_only=value_only)
 
@@ -220,6 +236,8 @@ def verify_layer(
         updated: Positions of the inputs that the module writes to.
         value_only: Whether gradients are off.
     """
+    if communicates(captured):
+        return APART
     with set_aside(), generators_restored() as start:
 
         def once(function: Callable[..., Sequence[Any]], given: Sequence[Any]) -> Run:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.func import hessian, vmap
 
@@ -259,3 +261,23 @@ def test_towers(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) > number, "the graph that should be wrong was never made"
     ours = [w for w in said if issubclass(w.category, NestedGradientWarning)]
     assert len(ours) == 1 and "differs from the loss as written" in str(ours[0].message)
+
+
+def averaged(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(p).sum(), p, create_graph=True)
+    value = g.square().sum()
+    return value * funcol.all_reduce(value.detach(), "sum", dist.group.WORLD)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_no_process_waits_for_another(tmp_path: Path) -> None:
+    """A comparison runs a loss more than once: not one that waits for other processes."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        loss = optimize_nested(averaged, backend="eager")
+        loss(net(), points()).backward()
+        (step,) = loss.steps
+        assert step.verdict is not None and "other processes" in step.verdict.said
+    finally:
+        dist.destroy_process_group()
