@@ -4,7 +4,8 @@ A value that a specialisation holds for (a mode, the length of a list, a size) m
 that is another at each call would have the function captured at each call, for ever. So:
 
 - an integer that has changed becomes an input of the graph, as Dynamo makes of integers and floats
-  among a function's locals by itself;
+  among a function's locals by itself, and a list that grows is appended to after the graph has run,
+  if nothing reads it (`rewriter.logs`);
 - of the specialisations that were made because of one value, `LIMIT` may be such that no later
   call has used them; the next call that they do not hold for, and all such calls after it, run as
   written.
@@ -39,18 +40,21 @@ class Spent:
         captures: How often it was captured; a value of a kind that is not captured counts too.
         seconds: How long that took, without what is compiled later.
         inputs: Integers that were made inputs because they change.
+        logs: Lists that grow, and are appended to after the graph has run.
         given_up: Why calls run as written that no specialisation holds for.
     """
 
     captures: int = 0
     seconds: float = 0.0
     inputs: tuple[str, ...] = ()
+    logs: tuple[str, ...] = ()
     given_up: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         times = "once" if self.captures == 1 else f"{self.captures} times"
         changing = f"; inputs because they change: {', '.join(self.inputs)}" if self.inputs else ""
-        return f"captured {times}, {self.seconds:.1f} s{changing}"
+        growing = f"; appended to afterwards: {', '.join(self.logs)}" if self.logs else ""
+        return f"captured {times}, {self.seconds:.1f} s{changing}{growing}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -78,12 +82,15 @@ class Budget:
 
     Attributes:
         inputs: Integers that are made inputs, as Dynamo's expressions for them.
+        logs: Lists that are taken for logs, which are appended to and not read.
     """
 
     def __init__(self, where: str) -> None:
         self.inputs: list[str] = []
+        self.logs: list[str] = []
+        self._opened: list[str] = []  # of both, for the capture at hand
         self._where = where
-        self._fixed: set[str] = set()  # they were made inputs, and the function was not captured
+        self._fixed: set[str] = set()  # they were one of these, and the function was not captured
         self._differ: set[str] = set()  # integers that two modules have different ones of
         self._made: dict[str, list[Any]] = {}  # value → specialisations made because of it
         self._given_up: dict[str, KeepsChanging] = {}
@@ -102,6 +109,7 @@ class Budget:
             captures=self._captures,
             seconds=self._seconds,
             inputs=tuple(map(readable, self.inputs)),
+            logs=tuple(map(readable, self.logs)),
             given_up=tuple(str(reason) for reason in self._given_up.values()),
         )
 
@@ -119,6 +127,7 @@ class Budget:
         for key in blamed:
             if key in self._given_up:
                 raise self._given_up[key]
+        self._opened = []
         for miss in blamed.values():
             self._open(miss)
         for key, miss in blamed.items():
@@ -130,24 +139,28 @@ class Budget:
                 raise reason
 
     def _open(self, miss: Miss) -> None:
-        """Make an integer an input; not one that another module has, which may stay as it is, until
-        there is a third."""
-        name = miss.values[0] if miss.is_number else ""
-        if not name or name in self._fixed or name in self.inputs:
+        """Make an integer an input, and a list a log; not an integer that another module has, which
+        may stay as it is, until there is a third."""
+        if miss.kind is None or miss.values[0] in self._fixed:
+            return
+        name, opened = miss.values[0], self.inputs if miss.kind is int else self.logs
+        if name in opened:
             return
         is_new = isinstance(miss.owner, nn.Module) and miss.owner not in self._seen
-        if is_new and name not in self._differ:
+        if miss.kind is int and is_new and name not in self._differ:
             self._differ.add(name)
             return
-        self.inputs.append(name)
+        opened.append(name)
+        self._opened.append(name)
 
     def close(self) -> bool:
-        """Take integers for constants again that were made inputs; return whether there are some,
-        so that another capture is worth while."""
-        self._fixed.update(self.inputs)
-        had_some = bool(self.inputs)
-        self.inputs.clear()
-        return had_some
+        """Hold for the values again that were made inputs or logs for this capture; return whether
+        there are some, so that another one is worth while."""
+        found, self._opened = self._opened, []
+        self._fixed.update(found)
+        self.inputs = [name for name in self.inputs if name not in found]
+        self.logs = [name for name in self.logs if name not in found]
+        return bool(found)
 
     @contextlib.contextmanager
     def spending(

@@ -72,6 +72,7 @@ from rewriter.errors import (
 )
 from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
+from rewriter.logs import appended_later
 from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
 from rewriter.stateful import (
@@ -585,7 +586,11 @@ def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def capturing(
-    trace: Trace, *, specialize_floats: bool = False, inputs: Sequence[str] = ()
+    trace: Trace,
+    *,
+    specialize_floats: bool = False,
+    inputs: Sequence[str] = (),
+    logs: Sequence[str] = (),
 ) -> Iterator[None]:
     """Let Dynamo put nested derivatives into the graph, for the calls inside the ``with`` block.
 
@@ -594,6 +599,7 @@ def capturing(
         specialize_floats: Build anew for each value of a float argument, where only a Python number
             will do.
         inputs: Integers to be inputs of the graph, as Dynamo's expressions for them.
+        logs: Lists that are appended to after the graph has run.
     """
     handlers = TorchInGraphFunctionVariable._get_handlers()
     settings: dict[str, Any] = {
@@ -623,6 +629,7 @@ def capturing(
             settings["record_runtime_overhead"] = False
         stack.enter_context(dynamo_config.patch(**settings))
         stack.enter_context(_open(inputs))
+        stack.enter_context(appended_later(logs, trace.refuse))
         stack.enter_context(_quiet())
         stack.enter_context(_tensor_method("requires_grad_", _requires_grad_))
         for name, body in METHODS.items():

@@ -67,14 +67,15 @@ class Miss:
         values: What that is about, as expressions over the function's locals and globals; empty if
             it is about none of them.
         where: ``file:line: code`` of the user's code that read it, or ``?``.
-        is_number: Whether it asks for one integer, and another is there.
+        kind: ``int`` if it asks for one integer, and another is there; ``list`` if it asks for the
+            length of a list.
         owner: Whose attribute or item that is.
     """
 
     guard: str
     values: tuple[str, ...]
     where: str = "?"
-    is_number: bool = False
+    kind: type | None = None
     owner: Any = None
 
 
@@ -221,12 +222,20 @@ def _miss(manager: Any, values: dict[str, Any]) -> Miss | None:
         part = next((part for part in parts if not _holds(part, space, scope)), part)
     guard, _, comment = (piece.strip() for piece in part.partition("  # "))
     sources = tuple(dict.fromkeys(_SOURCE.findall(guard)))
-    is_number, owner = False, None
-    if len(sources) == 1 and re.fullmatch(re.escape(sources[0]) + r" == -?\d+", guard):
-        is_number = type(_value(sources[0], space, scope)) is int
+    kind, owner = None, None
+    if len(sources) == 1:
+        kind = _kind(guard.replace(sources[0], "x"), type(_value(sources[0], space, scope)))
         whose = re.fullmatch(r"(.*?)(\.\w+|\[[^\[\]]*\])", sources[0])
         owner = _value(whose[1], space, scope) if whose else None
-    return Miss(guard, sources, _line(info, comment), is_number, owner)
+    return Miss(guard, sources, _line(info, comment), kind, owner)
+
+
+def _kind(guard: str, found: type) -> type | None:
+    if found is int and re.fullmatch(r"x == -?\d+", guard):
+        return int
+    if found is list and re.fullmatch(r"x|not x|len\(x\) [!=]= \d+", guard):
+        return list
+    return None
 
 
 def _holds(part: str, space: dict[str, Any], scope: dict[str, Any]) -> bool:

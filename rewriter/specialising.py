@@ -191,7 +191,7 @@ class Specialising(ABC):
         trace = Trace(self._by_pullbacks)
         try:
             numbers: Any = {"specialize_floats": self._specialize_floats}
-            with capturing(trace, **numbers, inputs=self.budget.inputs):
+            with capturing(trace, **numbers, inputs=self.budget.inputs, logs=self.budget.logs):
                 return self._compiled(*args, **kwargs)
         except Exception as error:
             refusal = as_capture_error(error, trace)

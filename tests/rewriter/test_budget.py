@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.linear = nn.Linear(2, 1, dtype=torch.float64)
         self.number: Any = 0
         self.names: list[int] = []
+        self.log: list[Any] = []
 
     def value(self, x: Tensor) -> Tensor:
         return self.linear(x).tanh()
@@ -63,6 +64,23 @@ class Listing(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.names.append(len(self.names))
         return self.value(x) * len(self.names)
+
+
+class Logging(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.value(x)
+        self.log.append(y.detach().sum())
+        self.log.append(1)
+        return y
+
+
+LOG: list[Any] = []
+
+
+def logged(net: nn.Module, x: Tensor) -> Tensor:
+    loss = penalty(net, x)
+    LOG.append(loss.detach())
+    return loss
 
 
 def penalty(net: nn.Module, x: Tensor, factor: Any = 1) -> Tensor:
@@ -269,6 +287,33 @@ def test_what_is_no_number_on_a_module(kind: type[Net]) -> None:
     assert f"`{name}` keeps changing" in said and "captured by layer" in said
     towers = [f for f in towers_of(loss) if f.steps]
     assert len(loss.steps) == 3 and [len(f.steps) for f in towers] == [3]
+
+
+@pytest.mark.parametrize("kind", ["module", "by layer", "global", "hook"])
+def test_a_list_that_is_only_appended_to_is_no_reason(kind: str) -> None:
+    """The values are in the list after the call, in their order; two captures are all there are."""
+    net = Logging() if kind in ("module", "by layer") else Net()
+    net.log = LOG
+    if kind == "hook":
+        net.linear.register_forward_hook(lambda m, i, out: LOG.append(out.detach()))
+    function = {"by layer": by_layer, "global": logged}.get(kind, penalty)
+    loss = decorated(function)
+    begun: list[list[Any]] = []
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            for call in (loss, function):
+                LOG.clear()
+                LOG.extend(range(step))
+                call(net, X).backward()
+                begun.append([*LOG])
+    for step, (ours, expected) in enumerate(zip(begun[::2], begun[1::2], strict=True)):
+        assert len(ours) == len(expected) > step
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    towers = [f for f in towers_of(loss) if f.steps] if kind == "by layer" else []
+    made: Any = towers[0] if towers else loss
+    assert len(made.steps) == 2 and len(made.budget.spent.logs) == 1
+    assert len(given) == (kind == "by layer")
 
 
 def test_given_up_values_leave_what_there_is() -> None:
