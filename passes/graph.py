@@ -35,10 +35,16 @@ def value_of(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
+UNKNOWN_SIZE = 64
+"""What a size counts as that depends on values, where a number is wanted to judge by."""
+
+
 def hint(size: Any) -> Any:
     """Return the number a symbolic size had when it was captured; to ask the size itself for a
     number would fix it."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else UNKNOWN_SIZE
 
 
 def has_hints(node: Node) -> bool:

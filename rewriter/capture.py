@@ -140,6 +140,8 @@ _READ_FROM_A_TENSOR = (
     "Python integers"
 )
 
+OF_VALUES = "a size that depends on values (of a filter, `nonzero`, `repeat_interleave`)"
+
 
 @dataclass
 class Trace:
@@ -863,6 +865,21 @@ def _user_line(error: BaseException, text: list[str]) -> str:
 def example_of(node: Node) -> Any:
     """Return the fake value Dynamo gave a node of a captured graph."""
     return node.meta.get("example_value")
+
+
+def first_of_values(captured: GraphModule) -> str | None:
+    """Return the line of a captured graph that makes the first size that depends on values; None if
+    there is none."""
+    for node in captured.graph.nodes:
+        sizes = [
+            size
+            for x in pytree.tree_leaves(example_of(node))
+            for size in (x.shape if isinstance(x, Tensor) else (x,))
+            if isinstance(size, torch.SymInt)
+        ]
+        if any(not size.node.has_hint() for size in sizes):
+            return where(node)
+    return None
 
 
 def is_parameter(placeholder: Node) -> bool:

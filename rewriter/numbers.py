@@ -63,7 +63,8 @@ def _keep_numbers(module: GraphModule, is_inner: bool) -> bool:
         if node.target in _POWERS and len(node.args) == 2:
             _take_exponent(node, *node.args)
         if node.op == "call_method" and node.target == "item":
-            if not example_of(node.args[0]).dtype.is_floating_point:
+            read = example_of(node.args[0])  # a constant of the graph has none
+            if read is None or not read.dtype.is_floating_point:
                 raise CaptureError("an integer is read from a tensor", where(node))
             node.op, node.target = "call_function", number_of
             node.meta[_NUMBER] = True

@@ -18,10 +18,12 @@ from torch import nn
 from rewriter.budget import Budget
 from rewriter.capture import (
     DYNAMO_ERRORS,
+    OF_VALUES,
     Trace,
     as_capture_error,
     capturing,
     compile_function,
+    first_of_values,
     forget,
     is_dynamos_own,
     is_recorded,
@@ -224,6 +226,8 @@ class Specialising(ABC):
         except (OptimizeNestedError, CaptureAgain):
             raise
         except Exception as error:  # nothing of the loss has run: it can run as written
+            if (place := first_of_values(captured)) is not None:
+                raise CaptureError(OF_VALUES, place) from error
             raise InternalError(error, captured) from error
         self.steps.append(step)
         return with_inputs_returned(captured, step)

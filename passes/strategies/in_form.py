@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.bodies import Linearizations
-from passes.graph import placeholders
-from passes.nest import active_nodes, sites
+from passes.graph import graphs_in, has_hints, placeholders, value_of
+from passes.nest import active_nodes, body_of, sites
 from passes.strategies import contraction, taylor
 from passes.strategies.base import Refused, Strategy
 from passes.strategies.jvp_over_gradient import JvpOverGradient
@@ -42,6 +43,10 @@ def put_in_form(
         Site name → strategy taken. A derivative that is also computed inside of another's body has
         one name for all; the outermost one counts.
     """
+    unknown = {node.meta["site"].name for node in sites(module) if _has_unknown_sizes(module, node)}
+    for name in unknown.intersection(wish):
+        refusals[name, wish[name]] = "a size in it depends on values"
+    wish = {name: strategy for name, strategy in wish.items() if name not in unknown}
     by_name = {strategy.name: strategy for strategy in STRATEGIES}
     by_name[taylor.NAME] = by_name[contraction.NAME] = STRATEGIES[0]  # of what is left
     own: dict[str, str] = {}
@@ -70,3 +75,10 @@ def put_in_form(
         own[name] = taken.pop(name)
         found = taken | found
     return found | own | contracted
+
+
+def _has_unknown_sizes(module: GraphModule, node: Node) -> bool:
+    """Whether a tensor in a derivative's body, or inside of that, has a size that depends on
+    values: a filter's, a list of neighbours'."""
+    inside = (n for graph in graphs_in(body_of(module, node)) for n in graph.graph.nodes)
+    return any(isinstance(value_of(n), Tensor) and not has_hints(n) for n in inside)

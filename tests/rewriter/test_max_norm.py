@@ -23,7 +23,7 @@ BAGS = torch.tensor([[0, 1], [2, 2], [1, 0], [0, 0], [2, 1]])
 class Typed(nn.Module):
     """A network of points and of their types."""
 
-    def __init__(self, table: nn.Module, rows: Tensor) -> None:
+    def __init__(self, table: Any, rows: Tensor) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table, self.rows = table.to(D), rows
