@@ -86,6 +86,23 @@ $(VENV)/.jax: $(STAMP)
 .PHONY: jax
 jax: $(VENV)/.jax ## Install JAX, which make bench then times too
 
+# A wheel in an empty environment, with nothing but what it declares.
+WHEEL := build/wheel
+WHEEL_BIN := $(WHEEL)/venv/bin
+
+.PHONY: wheel
+wheel: export PYTHONPATH :=
+wheel: ## Build the wheel, install it alone into an empty environment, and try it there
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/empty
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL_BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt torch
+	$(WHEEL_BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir $(WHEEL) .
+	$(WHEEL_BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt $(WHEEL)/*.whl
+	awk '/^```python/ { on = 1; next } /^```/ && on { exit } on' README.md > $(WHEEL)/readme.py
+	cd $(WHEEL)/empty && ../venv/bin/optimize-nested --help
+	cd $(WHEEL)/empty && ../venv/bin/optimize-nested doctor
+	cd $(WHEEL)/empty && ../venv/bin/python ../readme.py
+
 .PHONY: lint
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

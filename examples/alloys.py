@@ -1,14 +1,19 @@
-"""Cells of a copper-gold alloy with energies and forces by effective medium theory (ASE)."""
+"""Cells of a copper-gold alloy with energies and forces by effective medium theory (ASE:
+`pip install '.[ase]'`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ase.build import bulk
-from ase.calculators.emt import EMT
-from ase.neighborlist import neighbor_list
 from torch import Tensor
+
+try:
+    from ase.build import bulk
+    from ase.calculators.emt import EMT
+    from ase.neighborlist import neighbor_list
+except ModuleNotFoundError as error:
+    raise SystemExit("This example needs ASE: pip install '.[ase]'") from error
 
 CUTOFF = 5.0  # Å
 ELEMENTS = ("Cu", "Au")

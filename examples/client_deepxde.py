@@ -1,6 +1,7 @@
 """DeepXDE on its PyTorch backend: Burgers' equation, and a beam by an equation of fourth order.
 
 Both are the library's own examples; `dde.grad` differentiates the network by eager autograd.
+`make clients` installs it.
 """
 
 import contextlib

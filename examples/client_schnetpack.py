@@ -2,6 +2,7 @@
 
 The configurations are clusters of copper, aluminium and platinum that are made here. The model
 differentiates its energy by eager autograd, to forces; the loss is differentiated once more.
+`make clients` installs what it needs.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """torchdiffeq: a continuous flow in the manner of the library's own example, by adaptive steps.
 
 The field's divergence, exact, is a loop of `autograd.grad` inside of the function that the solver
-integrates.
+integrates. `make clients` installs it.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""zuko: a conditional continuous flow with a free-form Jacobian, whose trace the library takes."""
+"""zuko: a conditional continuous flow with a free-form Jacobian, whose trace the library takes.
+
+`make clients` installs it.
+"""
 
 import torch
 import zuko

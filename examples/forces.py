@@ -4,10 +4,11 @@ The network is a small message-passing potential; its forces are the gradient of
 loss compares energies and forces with those of ASE's EMT calculator. Every batch has another number
 of neighbours: with `dynamic=True` one compilation serves them all, without padding.
 
-Run `python examples/forces.py --quick`, or leave out `--quick` for a longer training. You will see
-the report on the loss, a table with its time per step as written, under torch.compile and under
-optimize_nested, the training, how often the loss was compiled, and the error of the forces. The
-picture `forces.png` shows forces against those of EMT, the numbers of neighbours and the loss.
+Run `python examples/forces.py --quick` (it needs ASE: `pip install '.[ase]'`), or leave out
+`--quick` for a longer training. You will see the report on the loss, a table with its time per step
+as written, under torch.compile and under optimize_nested, the training, how often the loss was
+compiled, and the error of the forces. The picture `forces.png` shows forces against those of EMT,
+the numbers of neighbours and the loss.
 """
 
 import random

@@ -1,23 +1,28 @@
 """Solve Poisson's equation as `poisson.py` does, with Lightning's trainer in place of the loop.
 
 Nothing is special about a decorated loss: `training_step` returns it. Run
-`python examples/poisson_lightning.py --quick` (needs `pip install pytorch-lightning`). You will see
-the report on the loss, the training and the error. The picture is `poisson_lightning.png`.
+`python examples/poisson_lightning.py --quick` (it needs Lightning: `pip install '.[lightning]'`).
+You will see the report on the loss, the training and the error. The picture is
+`poisson_lightning.png`.
 """
 
 from collections.abc import Sequence
 
 import poisson
-import pytorch_lightning as lightning
 import side_by_side
 import torch
-from pytorch_lightning.callbacks import RichProgressBar
 from side_by_side import console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rewriter import optimize_nested
 from rewriter.bench import Loss
+
+try:
+    import pytorch_lightning as lightning
+    from pytorch_lightning.callbacks import RichProgressBar
+except ModuleNotFoundError as error:
+    raise SystemExit("This example needs Lightning: pip install '.[lightning]'") from error
 
 
 class Solver(lightning.LightningModule):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ def test_project_metadata(pyproject: dict[str, Any]) -> None:
     assert project["name"] == "optimize-nested"
     assert project["license"] == "Apache-2.0"
     assert project["requires-python"] == ">=3.10"
-    assert set(project["optional-dependencies"]) == {"dev", "examples", "clients", "jax", "docs"}
+    assert set(project["optional-dependencies"]) == {
+        "dev", "examples", "ase", "lightning", "clients", "jax", "docs",
+    }  # fmt: skip
 
 
 def test_torch_range(requirements: list[Requirement]) -> None:
@@ -110,6 +114,78 @@ def imported_modules(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module or "")
     return names
+
+
+def third_party(files: Iterable[Path]) -> set[str]:
+    """Return what distributions files import modules of."""
+    names = {name.partition(".")[0] for file in files for name in imported_modules(file)}
+    return {_DISTRIBUTIONS.get(n, n) for n in names - sys.stdlib_module_names - {*PACKAGES}}
+
+
+# Where the name differs, or the library is not installed here.
+_DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "pytorch_lightning": "pytorch-lightning",
+}
+
+
+def distributions(lines: Iterable[str]) -> set[str]:
+    return {Requirement(line).name for line in lines}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_import_is_declared(package: str, pyproject: dict[str, Any]) -> None:
+    """A wheel in an empty environment has what it imports, and not by what others bring."""
+    found = third_party((ROOT / package).rglob("*.py"))
+    assert "torch" in found
+    assert found <= distributions(pyproject["project"]["dependencies"])
+
+
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+
+
+def with_helpers(example: Path) -> set[Path]:
+    """Return an example and the modules beside it that it imports."""
+    found, waiting = set(), [example]
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        near = {file.parent / f"{name}.py" for name in imported_modules(file)}
+        waiting += [helper for helper in near if helper.is_file() and helper not in found]
+    return found
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT / "examples")))
+def test_every_example_says_what_it_needs(example: Path, pyproject: dict[str, Any]) -> None:
+    """`make setup` has installed it, or the docstring names the extra."""
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    said = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8"))) or ""
+    named = [e for e in extras if f".[{e}]" in said or f"make {e}" in said]
+    lines = [*project["dependencies"], *extras["examples"], *(x for e in named for x in extras[e])]
+    files = with_helpers(example)
+    own = {file.stem for file in EXAMPLES} | {"examples", "tests"}
+    assert third_party(files) - own <= distributions(lines)
+
+
+@pytest.mark.parametrize(
+    ("example", "extra"), [("forces", "ase"), ("poisson_lightning", "lightning")]
+)
+def test_an_example_without_its_library_says_so(example: str, extra: str, tmp_path: Path) -> None:
+    """In one sentence, with what to type."""
+    hidden = {"ase": "ase", "lightning": "pytorch_lightning"}[extra]
+    code = (
+        f"import runpy, sys; sys.modules[{hidden!r}] = None; "
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r}); "
+        f"runpy.run_path({str(ROOT / 'examples' / example)!r} + '.py', run_name='__main__')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert re.fullmatch(rf"This example needs \w+: pip install '.\[{extra}\]'\n", ran.stderr)
 
 
 def test_passes_never_imports_rewriter() -> None:

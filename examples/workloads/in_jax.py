@@ -1,5 +1,5 @@
 """The losses of some workloads in JAX, with the networks' own weights: value and gradients as a
-user of JAX computes them."""
+user of JAX computes them; `make jax` installs it."""
 
 import functools
 from collections.abc import Callable
