@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from rewriter.accepted import is_module, taken
 from rewriter.ahead.compile import compile_ahead
 from rewriter.deferred import Deferred, step_for
 from rewriter.dump import dump_built, is_asked_for
@@ -36,6 +37,7 @@ from rewriter.sources import sources_of
 from rewriter.specialising import Specialising, gradients_on
 from rewriter.start import get_ready
 from rewriter.step import Explained, Step, explaining
+from rewriter.switches import say_once
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -69,11 +71,19 @@ class OptimizedLoss(Specialising):
                 return step_for(captured, self.options, self.name, may_wait=self._may_wait)
             rewritten = rewrite(captured, self.options, self.name)
         if is_told:
+            self._tell(rewritten)
+        step = Step(rewritten, self.options)
+        return step if explaining.get() else step.prepare()
+
+    def _tell(self, rewritten: Rewritten) -> None:
+        """Log and write what environment variables ask for."""
+        try:
             report = self._report(rewritten)
             log_built(report)
             dump_built(rewritten, report)
-        step = Step(rewritten, self.options)
-        return step if explaining.get() else step.prepare()
+        # Whatever a report runs into, training goes on.
+        except Exception as error:
+            say_once(f"{self.name} cannot be reported on: {error!r}")
 
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
         return modules_in(self.as_written, args, kwargs)
@@ -296,7 +306,8 @@ class _BoundLoss:
     """A decorated method, bound to its object."""
 
     def __init__(self, loss: OptimizedLoss, instance: Any) -> None:
-        self._loss, self.__self__ = loss, instance
+        self._loss = self.__func__ = loss
+        self.__self__ = instance
         self.as_written = functools.partial(loss.as_written, instance)
         functools.update_wrapper(self, loss.as_written)
 
@@ -382,20 +393,32 @@ def optimize_nested(function: Any = None, /, **options: Any) -> Any:
 
 
 def _decorate(function: Any, options: Options) -> Any:
+    if isinstance(function, (staticmethod, classmethod, property)):
+        return _decorate_descriptor(function, options)
+    if isinstance(function, _BoundLoss):
+        function = types.MethodType(function.__func__.as_written, function.__self__)
     if isinstance(function, OptimizedLoss):
         function = function.as_written
-    is_module = isinstance(function, nn.Module) or (
-        inspect.isclass(function) and issubclass(function, nn.Module)
-    )
-    if is_module and options.capture == "trace":
+    function = taken(function)
+    if not is_module(function):
+        return OptimizedLoss(function, options)
+    if options.capture == "trace":
         raise ValueError("capture: 'trace' records a loss; expected 'dynamo' for a module")
-    if isinstance(function, nn.Module):
-        return optimize_module(function, options)
-    if inspect.isclass(function) and issubclass(function, nn.Module):
-        return optimize_class(function, options)
-    if not callable(function) or inspect.isclass(function):
-        raise TypeError(
-            "optimize_nested: expected a loss function, a module or a class of modules, got "
-            f"{type(function).__name__}"
-        )
-    return OptimizedLoss(function, options)
+    return (optimize_class if inspect.isclass(function) else optimize_module)(function, options)
+
+
+def _decorate_descriptor(given: Any, options: Options) -> Any:
+    """Decorate the function inside of ``@staticmethod``, ``@classmethod`` or ``@property``."""
+    if isinstance(given, property):
+        if given.fget is None:
+            raise TypeError("optimize_nested: got a property that cannot be read")
+        return property(_decorate(given.fget, options), given.fset, given.fdel, given.__doc__)
+    inner = _decorate(given.__func__, options)
+    return _ClassLoss(inner) if isinstance(given, classmethod) else staticmethod(inner)
+
+
+class _ClassLoss(classmethod):
+    """A decorated class method."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return _BoundLoss(self.__func__, type(instance) if owner is None else owner)

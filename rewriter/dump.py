@@ -20,6 +20,7 @@ from rewriter.log import logger
 from rewriter.make_report import make_report
 from rewriter.report import Report
 from rewriter.rewrite import Rewritten
+from rewriter.switches import say_once
 
 VARIABLE = "OPTIMIZE_NESTED_DUMP"
 MAX_INPUT_BYTES = 256 * 2**20
@@ -30,7 +31,14 @@ def dump_failed(rewritten: Rewritten, inputs: Sequence[Any]) -> Path:
 
     The folder is made in ``OPTIMIZE_NESTED_DUMP``, or where the system keeps temporary files.
     """
-    folder = _dump(rewritten, make_report(rewritten), "check_failed")
+    report = make_report(rewritten)
+    try:
+        folder = _dump(rewritten, report, "check_failed")
+    except OSError as error:
+        if not is_asked_for():
+            raise
+        say_once(f"{VARIABLE}: nothing is written there: {error}")
+        folder = _dump(rewritten, report, "check_failed", elsewhere=True)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if sum(x.numel() * x.element_size() for x in tensors) <= MAX_INPUT_BYTES:
         kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
@@ -63,8 +71,14 @@ def dump_internal(name: str, captured: GraphModule | None, error: BaseException)
 
 def dump_built(rewritten: Rewritten, report: Report) -> Path | None:
     """Write every stage, the report and the versions to a new folder in ``OPTIMIZE_NESTED_DUMP``;
-    return it, or None if that is not set."""
-    return _dump(rewritten, report, "built") if is_asked_for() else None
+    return it, or None if that is not set, or nothing can be written there."""
+    if not is_asked_for():
+        return None
+    try:
+        return _dump(rewritten, report, "built")
+    except OSError as error:
+        say_once(f"{VARIABLE}: nothing is written there: {error}")
+        return None
 
 
 def is_asked_for() -> bool:
@@ -72,8 +86,8 @@ def is_asked_for() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
-def _dump(rewritten: Rewritten, report: Report, why: str) -> Path:
-    folder = _folder(report.function, why)
+def _dump(rewritten: Rewritten, report: Report, why: str, *, elsewhere: bool = False) -> Path:
+    folder = _folder(report.function, why, elsewhere=elsewhere)
     captured = rewritten.captured.print_readable(print_output=False)
     (folder / "00_captured.py").write_text(captured, encoding="utf-8")
     for number, stage in enumerate(rewritten.stages, start=1):
@@ -86,11 +100,12 @@ def _dump(rewritten: Rewritten, report: Report, why: str) -> Path:
     return folder
 
 
-def _folder(function: str, why: str) -> Path:
-    parent = os.environ.get(VARIABLE) or None
+def _folder(function: str, why: str, *, elsewhere: bool = False) -> Path:
+    """Make a folder in the one that is asked for, or where the system keeps temporary files."""
+    parent = None if elsewhere else os.environ.get(VARIABLE) or None
     if parent:
         os.makedirs(parent, exist_ok=True)
-    name = re.sub(r"\W+", "_", function) or "loss"
+    name = re.sub(r"\W+", "_", function)[:60] or "loss"
     return Path(tempfile.mkdtemp(prefix=f"optimize_nested_{name}_{why}_", dir=parent))
 
 

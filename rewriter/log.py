@@ -6,9 +6,9 @@ import logging
 import os
 from collections.abc import Callable
 
-from rewriter.errors import OptionError
 from rewriter.report import Report
 from rewriter.report_text import choices_text, sites_text, stages_text
+from rewriter.switches import say_once
 
 VARIABLE = "OPTIMIZE_NESTED_LOG"
 ARTIFACTS: dict[str, Callable[[Report], str]] = {
@@ -21,26 +21,19 @@ logger = logging.getLogger("optimize_nested")
 
 
 def wanted() -> tuple[str, ...]:
-    """Return what the environment variable names, in its order.
-
-    Raises:
-        OptionError: It names something that there is not.
-    """
+    """Return what the environment variable names, in its order; what there is not is said once."""
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
     for name in names:
         if name and name not in ARTIFACTS:
             known = ", ".join(ARTIFACTS)
-            raise OptionError(f"{VARIABLE}: expected a comma list of {known}; got {name!r}")
-    return tuple(name for name in names if name)
+            say_once(f"{VARIABLE}: expected a comma list of {known}; got {name!r}")
+    return tuple(name for name in names if name in ARTIFACTS)
 
 
 def log_built(report: Report) -> None:
     """Tell what the environment variable asks for, through the logger ``optimize_nested``.
 
     Where nobody has given that logger a handler, or one above it, it writes to standard error.
-
-    Raises:
-        OptionError: The variable names something that there is not.
     """
     names = wanted()
     if not names:

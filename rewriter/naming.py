@@ -17,9 +17,14 @@ from rewriter.holders import held_by, reached
 def named_values(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
     """Yield the arguments of a call by name, then what the function closes over and the globals it
     reads."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    for name, value in bound.arguments.items():
-        kind = inspect.signature(function).parameters[name].kind
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function in C that does not say
+        yield from ((f"argument {i}", value) for i, value in enumerate(args))
+        yield from kwargs.items()
+        return
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             yield from value.items()
         else:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from passes.strategies import NAMES
+from rewriter.switches import is_off
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 STARTS = ("compiled", "tiered")
 CAPTURES = ("dynamo", "trace")
 VERIFY = "OPTIMIZE_NESTED_VERIFY"
-_OFF_WORDS = ("0", "false", "off", "no")
 STRATEGIES = ("auto", "as written", *NAMES)
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("disabled", default=False)
@@ -24,7 +24,8 @@ _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("disabled", def
 # What `os.environ` keeps the variables in: to be told there that one is not set, as nearly always,
 # is an exception raised and caught in each call of a loss.
 _environment: dict[Any, Any] = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
-_VARIABLE, _OFF = os.environ.encodekey("OPTIMIZE_NESTED"), os.environ.encodevalue("0")
+_VARIABLE = "OPTIMIZE_NESTED"
+_KEY = os.environ.encodekey(_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Options:
         _require("mode", self.mode, MODES)
         _require("start", self.start, STARTS)
         _require("capture", self.capture, CAPTURES)
-        if self.dynamic not in (None, True, False):
+        if not (self.dynamic is None or isinstance(self.dynamic, bool)):
             raise ValueError(f"dynamic: expected None, True or False, got {self.dynamic!r}")
         if isinstance(self.strategy, Mapping):
             for site, name in self.strategy.items():
@@ -85,8 +86,7 @@ class Options:
     def is_verified(self) -> bool:
         """Whether specialisations are compared with the loss as written, unless they are checked
         anyway."""
-        off = os.environ.get(VERIFY, "").strip().lower() in _OFF_WORDS
-        return self.verify and not self.check and not off
+        return self.verify and not self.check and not is_off(VERIFY)
 
     @property
     def is_measured(self) -> bool:
@@ -137,5 +137,5 @@ def disabled() -> Iterator[None]:
 
 
 def is_disabled() -> bool:
-    """Whether `disabled` or ``OPTIMIZE_NESTED=0`` is in force."""
-    return _disabled.get() or _environment.get(_VARIABLE) == _OFF
+    """Whether `disabled` or ``OPTIMIZE_NESTED=0`` (also ``false``, ``off``, ``no``) is in force."""
+    return _disabled.get() or (_KEY in _environment and is_off(_VARIABLE))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import threading
 import time
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
+
+from rewriter.switches import is_off
 
 VARIABLE = "OPTIMIZE_NESTED_PROGRESS"
 DELAY = 2.0
@@ -35,7 +36,7 @@ def shown(what: str) -> Iterator[None]:
         what: What the block does: ``"compiling penalty"``.
     """
     start, ended = time.monotonic(), threading.Event()
-    is_watched = os.environ.get(VARIABLE, "1") != "0" and sys.stderr.isatty()
+    is_watched = not is_off(VARIABLE) and sys.stderr.isatty()
     watch = threading.Thread(target=_watch, args=(what, start, ended), daemon=True)
     if is_watched:
         watch.start()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from passes.price import FlopCounter
-from rewriter import OptimizedLoss, disabled, optimize_nested
+from rewriter import NestedGradientWarning, OptimizedLoss, disabled, optimize_nested
+from rewriter.options import is_disabled
 from tests.cases import mlp
 from tests.oracle import relative_error
 
@@ -373,6 +374,26 @@ def test_off_switches(net: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
     assert not eager(penalty, enabled=False)(net, x).grad_fn.name().startswith("_Step")
     loss(net, x)
     assert len(loss.steps) == 1
+
+
+@pytest.mark.parametrize("word", ["0", "false", "OFF", " No "])
+def test_words_that_switch_off(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTIMIZE_NESTED", word)
+    assert is_disabled()
+
+
+@pytest.mark.parametrize("word", ["", "1", "True", "on", "yes"])
+def test_words_that_do_not(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTIMIZE_NESTED", word)
+    assert not is_disabled()
+
+
+def test_a_word_that_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and changes nothing."""
+    monkeypatch.setenv("OPTIMIZE_NESTED", "disable")
+    with pytest.warns(NestedGradientWarning, match="OPTIMIZE_NESTED=disable: expected one of 0"):
+        assert not is_disabled()
+    assert not is_disabled()
 
 
 def test_explain_runs_nothing(x: Tensor) -> None:

@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from rewriter import CaptureError, Report, optimize_nested
-from rewriter.errors import OptionError
+import rewriter.api
+from rewriter import CaptureError, NestedGradientWarning, Report, optimize_nested
+from rewriter.switches import say_once
 
 MATMULS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
@@ -318,14 +319,43 @@ def test_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     assert "addmm" in told[3]
 
 
-def test_log_of_what_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPTIMIZE_NESTED_LOG", "sites,graphs")
-    loss, net = optimize_nested(penalty, backend="eager"), network()
-    with pytest.raises(OptionError, match=r"OPTIMIZE_NESTED_LOG.*sites, stages, choices, code"):
-        loss(net, points())
-    assert not loss.steps
-    monkeypatch.delenv("OPTIMIZE_NESTED_LOG")
-    loss(net, points()).backward()
+def test_log_of_what_there_is_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once; what there is, is logged, and the loss is rewritten all the same."""
+    monkeypatch.setenv("OPTIMIZE_NESTED_LOG", "graphs,choices")
+    caplog.set_level(logging.INFO, logger="optimize_nested")
+    say_once.cache_clear()
+    loss, net = optimize_nested(penalty, backend="eager", strict=True), network()
+    match = r"OPTIMIZE_NESTED_LOG.*sites, stages, choices, code; got 'graphs'"
+    with pytest.warns(NestedGradientWarning, match=match) as said:
+        loss(net, points()).backward()
+    optimize_nested(penalty, backend="eager")(net, points())
+    assert len(said) == 1 and len(loss.steps) == 1
+    assert any(record.getMessage().startswith("choices of penalty") for record in caplog.records)
+
+
+def test_dump_into_a_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and the loss is rewritten all the same."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPTIMIZE_NESTED_DUMP", str(tmp_path / "file" / "below"))
+    say_once.cache_clear()
+    loss, net = optimize_nested(penalty, backend="eager", strict=True, dynamic=False), network()
+    with pytest.warns(NestedGradientWarning, match="DUMP: nothing is written there") as said:
+        loss(net, points()).backward()
+        loss(net, points(7)).backward()
+    assert len(said) == 1 and len(loss.steps) == 2
+
+
+def test_a_report_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("of the report")
+
+    monkeypatch.setenv("OPTIMIZE_NESTED_DUMP", str(tmp_path))
+    monkeypatch.setattr(rewriter.api, "make_report", fail)
+    loss, net = optimize_nested(penalty, backend="eager", strict=True), network()
+    with pytest.warns(NestedGradientWarning, match="penalty cannot be reported on: KeyError"):
+        loss(net, points()).backward()
     assert len(loss.steps) == 1
 
 
