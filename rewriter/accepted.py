@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_EXPECTED = "expected a loss function, a module or a class of modules"
+
 
 def taken(given: Any) -> Any:
     """Return what is to be optimised of what was given: what `torch.compile` has wrapped, which
@@ -17,9 +19,10 @@ def taken(given: Any) -> Any:
     Raises:
         TypeError: Nothing can be made of it; says what to decorate in its place.
     """
-    given = getattr(given, "_torchdynamo_orig_callable", given)
-    if isinstance(given, nn.Module) and isinstance(getattr(given, "_orig_mod", None), nn.Module):
-        given = given._orig_mod
+    name = "_orig_mod" if isinstance(given, nn.Module) else "_torchdynamo_orig_callable"
+    given = getattr(given, name, given)
+    if isinstance(given, nn.Module) and getattr(given, "_compiled_call_impl", None) is not None:
+        given._compiled_call_impl = None  # what `module.compile()` has set
     if said := _refusal(given):
         raise TypeError(f"optimize_nested: {said}")
     return given
@@ -47,9 +50,7 @@ def _refusal(given: Any) -> str:
     if inspect.isgeneratorfunction(function):
         return f"{name} is a generator; decorate a function that returns its tensors"
     if inspect.isclass(given) and not is_module(given):
-        return f"{name} is a class of no modules; decorate a method of it, or an instance"
+        return f"{_EXPECTED}, got the class {name}; decorate a method of it, or an instance"
     if not callable(given):
-        return (
-            f"expected a loss function, a module or a class of modules, got {type(given).__name__}"
-        )
+        return f"{_EXPECTED}, got {type(given).__name__}"
     return ""

@@ -404,7 +404,9 @@ def _decorate(function: Any, options: Options) -> Any:
         return OptimizedLoss(function, options)
     if options.capture == "trace":
         raise ValueError("capture: 'trace' records a loss; expected 'dynamo' for a module")
-    return (optimize_class if inspect.isclass(function) else optimize_module)(function, options)
+    if isinstance(function, nn.Module):
+        return optimize_module(function, options)
+    return optimize_class(function, options)
 
 
 def _decorate_descriptor(given: Any, options: Options) -> Any:
@@ -421,4 +423,5 @@ class _ClassLoss(classmethod):
     """A decorated class method."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return _BoundLoss(self.__func__, type(instance) if owner is None else owner)
+        loss: Any = self.__func__
+        return _BoundLoss(loss, type(instance) if owner is None else owner)

@@ -67,8 +67,8 @@ def test_unknown_option() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("backend", "xla"), ("mode", "fast"), ("strategy", "magic"), ("dynamic", "yes"), ("check", 1),
-     ("strategy", {"gradient": "magic"})],
+    [("backend", "xla"), ("mode", "fast"), ("strategy", "magic"), ("dynamic", "yes"),
+     ("dynamic", 1), ("check", 1), ("strategy", {"gradient": "magic"})],
 )  # fmt: skip
 def test_wrong_value(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{option}.*: expected .* got"):
