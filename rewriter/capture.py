@@ -62,6 +62,7 @@ from passes.convolutions import take_any_size
 from passes.factorised import METHODS
 from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
+from rewriter import scaling
 from rewriter.errors import (
     CaptureError,
     InternalError,
@@ -258,7 +259,7 @@ def _call_substitute(
     original: Callable[..., Any], attribute: str, trace: Trace
 ) -> Callable[..., Any]:
     """Trace our Python in place of the functions that Dynamo would skip or enter to no avail."""
-    bodies: dict[Any, Any] = {torch.func.linearize: linearize}
+    bodies: dict[Any, Any] = {torch.func.linearize: linearize, **scaling.METHODS}
     if hasattr(eager_transforms, "_wraps_without_dynamo_attrs"):  # not in torch 2.11
         bodies[eager_transforms._wraps_without_dynamo_attrs] = without_a_name
     if IS_BEFORE_2_13:
@@ -274,7 +275,8 @@ def _call_substitute(
             return _trace_backward(trace, tx, *args, **kwargs)
         if function in bodies:
             substitute = VariableTracker.build(tx, bodies[function])
-            return tx.inline_user_function_return(substitute, list(args), kwargs)
+            own = self.self_args() if isinstance(self, UserFunctionVariable) else ()
+            return tx.inline_user_function_return(substitute, [*own, *args], kwargs)
         if function is eager_transforms._jvp_with_argnums:
             trace.has_forward_mode = True
         return original(self, tx, args, kwargs)
