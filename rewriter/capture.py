@@ -26,6 +26,7 @@ import threading
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -702,14 +703,17 @@ def mark_dynamic(x: Tensor, dim: int, least: int, most: int | None) -> None:
 
 
 def compile_function(
-    function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
+    function: Callable[..., Any], backend: types.MethodType, dynamic: bool | None
 ) -> Callable[..., Any]:
     """Return ``function`` behind Dynamo's guards, each new specialisation built by ``backend(graph
-    module, inputs)``.
+    module, inputs)``, a method of what calls the function returned.
 
     Only inside of `capturing`: a specialisation that Dynamo would trace by itself, without what is
     prepared for it there, is an error of Dynamo's.
     """
+
+    # Dynamo has its backend where no garbage collector sees it.
+    method = weakref.WeakMethod(backend)
 
     def prepared(captured: GraphModule, inputs: Any) -> Any:
         trace = _capturing.get()
@@ -719,14 +723,30 @@ def compile_function(
         if trace.graphs > 1:
             # A derivative in one piece of what lies in another would be a constant, or zero.
             trace.refuse("the graph of the loss was cut into pieces before it could be rewritten")
-        return backend(captured, inputs)
+        build = method()
+        assert build is not None, "a specialisation for a loss that is gone"
+        return build(captured, inputs)
 
     options: dict[str, Any] = {"options": {"guard_filter_fn": _kept_guards}}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = MAX_SPECIALISATIONS
     own = _own_code(function)
     compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
+    _let_go(prepared)
+    reset = getattr(torch._dynamo.eval_frame, "reset_code", None)
+    if reset is not None:
+        # What Dynamo has made of a code object leads back to it where no garbage collector sees it.
+        weakref.finalize(own, reset, own.__code__).atexit = False
     return past_the_wrapper(own, compiled, is_capturing)
+
+
+def _let_go(backend: Callable[..., Any]) -> None:
+    """Take a backend out of Dynamo's list of those that it resets, which would keep all that it
+    leads to for ever."""
+    known: dict[int, Any] = getattr(torch._dynamo.eval_frame, "cached_backends", {})
+    for key, wrapper in list(known.items()):
+        if getattr(wrapper, "compiler_fn", None) is backend:
+            known.pop(key, None)
 
 
 def _kept_guards(guards: Sequence[Any]) -> list[bool]:

@@ -85,3 +85,10 @@ class ArtifactError(OptimizeNestedError):
 
 class NestedGradientWarning(UserWarning):
     """A decorated loss runs as written, or an inner derivative is a constant to the outer one."""
+
+
+def for_its_words(error: BaseException) -> BaseException:
+    """Take from an error that is kept what it leads to beside its words: frames and errors before
+    it, with the user's modules and tensors in them."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error

@@ -41,6 +41,7 @@ from rewriter.errors import (
     NestedGradientWarning,
     OptimizeNestedError,
     TooLittleWork,
+    for_its_words,
 )
 from rewriter.generators import forget_draws, undo_draws
 from rewriter.guarded import Miss, NoSpecialisation
@@ -256,7 +257,8 @@ class Specialising(ABC):
         if isinstance(refusal, InternalError):
             if not is_said:
                 folder = dump_internal(self.name, refusal.captured, refusal.error)
-            refusal.captured = None
+            refusal.captured, refusal.error = None, for_its_words(refusal.error)
+        for_its_words(refusal)
         if not (self.quiet or is_said or isinstance(refusal, TooLittleWork)):
             said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
             said += f". Please report this, with {folder}" if folder else ""

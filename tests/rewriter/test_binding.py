@@ -270,7 +270,8 @@ def test_by_layer(way: Way) -> None:
     """The same inside a loss that runs as written; afterwards the class is as it was."""
     forward = vars(Net)["forward"]
     loss = optimize_nested(picky, backend="eager")
-    assert_equal(results(way, Net(), loss), results(way, Net(), picky))
+    net = Net()  # its towers go with it
+    assert_equal(results(way, net, loss), results(way, Net(), picky))
     assert "captured by layer" in loss.layers.said
     assert vars(Net)["forward"] is forward
 
@@ -317,6 +318,7 @@ def test_copies_have_one_tower() -> None:
 def test_clones_have_one_tower_by_layer() -> None:
     loss, net = optimize_nested(picky, backend="eager"), Net()
     for _ in range(4):
+        loss(net, points())
         loss(deep_copied(net)[0], points())
         loss(cloned_of_its_class(net)[0], points())
     assert set(loss.layers.reports()) == {"Net: captured, 1"}
