@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import os
@@ -285,8 +286,11 @@ class OptimizedLoss(Specialising):
         return self
 
     def __deepcopy__(self, memo: Any) -> OptimizedLoss:
-        """Return itself, as a function does."""
-        return self
+        """Return itself, as a function does; of a bound method, a partial or a callable object, one
+        of their copy."""
+        if inspect.isroutine(self.as_written) and not inspect.ismethod(self.as_written):
+            return self
+        return OptimizedLoss(copy.deepcopy(self.as_written, memo), self.options)
 
     def __reduce__(self) -> Any:
         """Pickle by name, as a function does; one that does not bear its function's name, by the
@@ -303,13 +307,56 @@ class OptimizedLoss(Specialising):
 
 
 class _BoundLoss:
-    """A decorated method, bound to its object."""
+    """A decorated method, bound to its object; to be used as any bound method is.
+
+    Attributes:
+        as_written: The user's function, bound.
+    """
 
     def __init__(self, loss: OptimizedLoss, instance: Any) -> None:
         self._loss = self.__func__ = loss
         self.__self__ = instance
         self.as_written = functools.partial(loss.as_written, instance)
         functools.update_wrapper(self, loss.as_written)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The parameters after the object."""
+        return inspect.signature(types.MethodType(self._loss.as_written, self.__self__))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the decorated function: ``steps``, ``options``."""
+        if name == "_loss":  # an object that is being made
+            raise AttributeError(name)
+        return getattr(self._loss, name)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> _BoundLoss:
+        """Return itself: bound is bound."""
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _BoundLoss):
+            return NotImplemented
+        return self.__self__ is other.__self__ and self._loss is other._loss
+
+    def __hash__(self) -> int:
+        return hash((id(self.__self__), self._loss))
+
+    def __copy__(self) -> _BoundLoss:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> _BoundLoss:
+        """Return the method of the object's copy."""
+        return _BoundLoss(self._loss, copy.deepcopy(self.__self__, memo))
+
+    def __reduce__(self) -> Any:
+        """Pickle as the object and the method's name."""
+        return getattr, (self.__self__, self._loss.as_written.__name__)
+
+    def __repr__(self) -> str:
+        count = len(self._loss.steps)
+        name = getattr(self._loss.as_written, "__qualname__", self._loss.name)
+        return f"<bound optimize_nested {name} of {self.__self__!r}, {count} specialisations>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._loss(self.__self__, *args, **kwargs)

@@ -37,7 +37,7 @@ from torch._dynamo import compiled_autograd, symbolic_convert
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo import utils as dynamo_utils
-from torch._dynamo.source import NumpyTensorSource
+from torch._dynamo.source import AttrSource, NumpyTensorSource
 from torch._dynamo.variables import builtin as dynamo_builtins
 from torch._dynamo.variables import higher_order_ops, user_defined
 from torch._dynamo.variables.base import VariableTracker
@@ -50,7 +50,7 @@ from torch._dynamo.variables.functions import (
     UserFunctionVariable,
 )
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
-from torch._dynamo.variables.misc import AutogradFunctionVariable, RandomVariable
+from torch._dynamo.variables.misc import AutogradFunctionVariable, RandomVariable, SuperVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
@@ -465,6 +465,20 @@ def _told_apart(tx: Any, arguments: Any) -> list[Any]:
     return own
 
 
+def _resolve_super(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``super().loss()`` find the function of a decorated method: Dynamo calls what is a
+    function there, and nothing else."""
+
+    def resolve(self: Any, tx: Any, name: str) -> tuple[Any, Any]:
+        value, source = original(self, tx, name)
+        function = getattr(value, "__dict__", {}).get("as_written")
+        if not isinstance(function, types.FunctionType):
+            return value, source
+        return function, source and AttrSource(source, "as_written")
+
+    return resolve
+
+
 def _setattr_of_dynamo() -> tuple[Any, str]:
     """Return where Dynamo handles `setattr`; it moved between torch 2.11 and 2.13."""
     owner = getattr(dynamo_builtins, "SetAttrBuiltinVariable", None)
@@ -661,6 +675,9 @@ def capturing(
         if hasattr(symbolic_convert, "is_stdlib"):
             is_stdlib = _is_stdlib(symbolic_convert.is_stdlib)
             stack.enter_context(replaced(symbolic_convert, "is_stdlib", is_stdlib))
+        if hasattr(SuperVariable, "_resolved_getattr_and_source"):
+            found = _resolve_super(SuperVariable._resolved_getattr_and_source)
+            stack.enter_context(replaced(SuperVariable, "_resolved_getattr_and_source", found))
         owner, name = _setattr_of_dynamo()
         stack.enter_context(replaced(owner, name, _setattr_on_tensor(getattr(owner, name))))
         stack.enter_context(_with_handlers(handlers))
