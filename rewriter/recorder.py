@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 from passes.graph import where
 from passes.tracing import AnySizes
 from rewriter.as_written import gradients_of, run_as_written
-from rewriter.capture import MAX_SPECIALISATIONS
+from rewriter.capture import MAX_SPECIALISATIONS, is_capturing
 from rewriter.errors import CaptureError, InternalError, NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, HostGenerators, generators_restored
+from rewriter.guarded import Miss, NoSpecialisation
 from rewriter.naming import modules_in
 from rewriter.reach import Kind, aliases, arguments, is_same, kind_of, reached
 from rewriter.record import Recorded, record
@@ -32,7 +33,7 @@ from rewriter.recording import Input
 from rewriter.sizes import Sizes, is_of_sizes, number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Specialisation:
     """What was built for one kind of call.
 
@@ -85,6 +86,20 @@ class _Specialisation:
             return inputs
         sizes = self.sizes.of(found)
         return None if sizes is None else inputs + sizes
+
+    def miss(self, found: dict[str, Any], surroundings: Any) -> Miss:
+        """Return why `inputs` are None for a call."""
+        if surroundings != self.surroundings:
+            return Miss("the modes of PyTorch", ())
+        found = {path: x for path, x in found.items() if not _below(path, self.volatile)}
+        changed = sorted(found.keys() ^ self.kinds.keys())
+        if changed:
+            # Of a list that has grown: the list.
+            return Miss("another structure", (changed[0].rpartition(".")[0] or changed[0],))
+        for path, x in found.items():
+            if not is_same(x, self.kinds[path]):
+                return Miss("another value", (path,))
+        return Miss("what the loss found by itself", ())
 
     def __call__(self, inputs: list[Any]) -> Any:
         outputs = self.step(*inputs)
@@ -144,12 +159,28 @@ class Recorder:
     ) -> None:
         self.function, self.build, self.check = function, build, check
         self.dynamic = dynamic
-        self.made: list[_Specialisation] = []
+        self._made: list[_Specialisation] = []
+        self._used: set[_Specialisation] = set()
+
+    def made(self) -> list[Any]:
+        """Return the recordings."""
+        return [*self._made]
+
+    def is_used_again(self, made: Any, /) -> bool:
+        """Whether a recording has had a second call."""
+        return made in self._used
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the recording that holds; make one if none does.
+
+        Raises:
+            NoSpecialisation: There are some, and none holds; this is no time for another.
+            CaptureError: The function cannot be recorded.
+        """
         surroundings = _surroundings()
+        misses: list[Miss] = []
         walks: list[tuple[set[str], dict[str, Any]]] = []
-        for specialisation in self.made:
+        for specialisation in self._made:
             names = specialisation.names
             found = next((w for n, w in walks if n == names), None)
             if found is None:
@@ -157,19 +188,23 @@ class Recorder:
                 walks.append((names, found))
             inputs = specialisation.inputs(found, surroundings)
             if inputs is not None:
+                self._used.add(specialisation)
                 return specialisation(inputs)
-        if len(self.made) >= MAX_SPECIALISATIONS:
+            misses.append(specialisation.miss(found, surroundings))
+        if misses and not is_capturing():
+            raise NoSpecialisation(misses)
+        if len(self._made) >= MAX_SPECIALISATIONS:
             raise CaptureError(f"more than {MAX_SPECIALISATIONS} specialisations")
         specialisation = self._record(args, kwargs)
         found = reached(self.function, args, kwargs, specialisation.names)
         inputs = specialisation.inputs(found, surroundings)
         if inputs is None:
             raise CaptureError("what the loss reads changes by itself from call to call")
-        self.made.append(specialisation)
+        self._made.append(specialisation)
         return specialisation(inputs)
 
     def _record(self, args: Any, kwargs: Any) -> _Specialisation:
-        if self.dynamic is False or (self.dynamic is None and not self.made):
+        if self.dynamic is False or (self.dynamic is None and not self._made):
             return self._recorded(args, kwargs, [], symbolic=False)
         lines: list[str] = []
         try:

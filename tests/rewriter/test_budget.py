@@ -430,3 +430,15 @@ def test_a_number_of_which_each_module_has_another_one() -> None:
         assert storm(loss, net, nothing, 2) == []
         assert bool(loss.budget.spent.inputs) == (number > 2)
     assert len(loss.steps) == 3
+
+
+@pytest.mark.parametrize(("loss", "call", "name"), [
+    (of_text, lambda i: ("a" * i,), "text"),
+    (of_numbers, lambda i: ([2] * i,), "numbers"),
+    (penalty, lambda i: (i / 7,), "factor"),
+])  # fmt: skip
+def test_recordings(loss: Callable[..., Any], call: Callable[[int], Any], name: str) -> None:
+    made = decorated(loss, capture="trace")
+    (said,) = storm(made, Net(), call)
+    assert f"`{name}` keeps changing" in said and len(made.steps) == 3
+    assert storm(made, Net(), lambda i: call(0), 2) == []

@@ -551,7 +551,7 @@ def test_more_kinds_than_allowed(net: nn.Module, x: Tensor) -> None:
         return weight * slope(net, x).sum()
 
     loss(net, x, 0.0)
-    loss._compiled.made *= 64
+    loss._compiled._made *= 64
     with pytest.raises(CaptureError, match="more than 64"):
         loss(net, x, 1.0)
 
