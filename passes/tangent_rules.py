@@ -300,8 +300,14 @@ def _eigh(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -> Any
     return inner.diagonal(0, -2, -1), vectors @ turned
 
 
-# Operators that read symmetric matrices, and are differentiated along those.
-SYMMETRIC = {aten._linalg_eigh.default: _eigh}
+# Operators that read one triangle of a symmetric matrix. PyTorch's gradient of them is symmetric:
+# that of the function of ``(A + Aᵀ)/2``, and so has to be what moves along any direction.
+SYMMETRIC = {aten._linalg_eigh.default, aten.linalg_cholesky_ex.default}
+
+
+def _symmetric(x: Tensor | None) -> Tensor | None:
+    return None if x is None else (x + x.mH) / 2
+
 
 # Rules that hold for complex tensors too; the formulas of all others are those of real numbers.
 REAL_LINEAR = {
@@ -369,12 +375,14 @@ def tangent_of(target: Any, out: Any, args: tuple, kwargs: dict, along: tuple) -
         return tangent
     if not _can_move(out) or (target in ZERO and not _is_complex(out)):
         return None
+    if target in SYMMETRIC:
+        along = (_symmetric(along[0]), *along[1:])
     if target not in REAL_LINEAR and _is_complex([out, args]):
         return _pytorch_rule(target, out, args, kwargs, along)
     if target in CUSTOM:
         return CUSTOM[target].tangent(target, out, args, kwargs, along)
-    if target in SYMMETRIC and all(x.numel() for x in out):  # vectors may be left out
-        return SYMMETRIC[target](target, out, args, kwargs, along)
+    if target is aten._linalg_eigh.default and out[1].numel():  # vectors may be left out
+        return _eigh(target, out, args, kwargs, along)
     if target in RULES:
         return RULES[target](target, out, args, kwargs, along)
     if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):

@@ -247,7 +247,7 @@ def _module_samples(info: Any) -> Iterator[Sample]:
             yield Sample(None, module, None, tuple(call.args), dict(call.kwargs))
 
 
-def _points(sample: Sample) -> list[Tensor]:
+def points_of(sample: Sample) -> list[Tensor]:
     """Return the tensors among the arguments to differentiate with respect to."""
     leaves = pytree.tree_leaves((sample.args, sample.kwargs))
     return [
@@ -261,7 +261,7 @@ def _points(sample: Sample) -> list[Tensor]:
 
 def _is_useful(sample: Sample) -> bool:
     tensors = [x for x in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(x, Tensor)]
-    at = _points(sample)
+    at = points_of(sample)
     if sample.module is not None:
         at = [*at, *sample.module.parameters()]
     if any(x.layout is not torch.strided for x in tensors):
@@ -304,7 +304,7 @@ def _arguments(sample: Sample) -> tuple[list[nn.Module], list[Tensor], tuple, di
     args, kwargs = pytree.tree_map(own, (sample.args, sample.kwargs))
     made = dataclasses.replace(sample, args=args, kwargs=kwargs)
     modules = [] if sample.module is None else [copy.deepcopy(sample.module)]
-    return modules, _points(made), args, kwargs
+    return modules, points_of(made), args, kwargs
 
 
 def _run(loss: Callable[..., Tensor], sample: Sample) -> Outcome:
@@ -599,8 +599,14 @@ def row(result: Result) -> str:
 
 def lines_of(text: str) -> dict[str, str]:
     """Return entry → line from the page."""
-    body = text.split("| entry | result |", 1)[1].splitlines()[2:]
+    body = text.split("| entry | result |", 1)[1].split("\n## ", 1)[0].splitlines()[2:]
     return {line.split(" | ")[0].removeprefix("| "): line for line in body if line.startswith("| ")}
+
+
+def rest_of(text: str) -> str:
+    """Return what follows the table on the page, which `tests.degenerate` writes."""
+    _, found, rest = text.partition("\n## ")
+    return found + rest
 
 
 def result_in(line: str) -> str:
@@ -674,7 +680,8 @@ def main() -> int:
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
     old = lines_of(TABLE.read_text()) if options.only else {}
     new = old | {result.entry: row(result) for result in results}
-    TABLE.write_text(table({name: new[name] for name in entries() if name in new}))
+    page = table({name: new[name] for name in entries() if name in new})
+    TABLE.write_text(page + rest_of(TABLE.read_text()))
     return 1 if counts[WRONG] or counts[CRASH] else 0
 
 

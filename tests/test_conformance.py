@@ -22,6 +22,8 @@ from tests.conformance import (
     result_in,
     run_entry,
 )
+from tests.degenerate import TITLE, Line
+from tests.degenerate import run_entry as run_three_times
 from tests.versions import second_derivative_of_grid_sample
 
 # A few of every family, and each entry that has been wrong once.
@@ -86,3 +88,30 @@ def test_table_has_every_entry() -> None:
         pytest.skip(f"the table was written for torch {written_for()}, this is {VERSION}")
     assert list(lines_of(TABLE.read_text())) == list(known())
     assert [name for name in SAMPLE if name not in known()] == []
+
+
+QUICK = ("logcumsumexp", "nn.functional.logsigmoid")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow])
+        for n in (*QUICK, "cumprod", "sinc", "bmm", "softmax")
+    ],
+)
+def test_three_times(name: str) -> None:
+    line = run_three_times(name, known()[name])
+    assert isinstance(line, Line)
+    assert line.ours == line.numbers > 0, line.note
+
+
+def test_special_points() -> None:
+    """Nowhere on the page PyTorch has more right than we have."""
+    section = TABLE.read_text().split(TITLE, 1)[1]
+    rows = [
+        re.split(r" \| ", row) for row in section.splitlines() if re.search(r" \| \d+ \| ", row)
+    ]
+    assert rows
+    assert [row[0] for row in rows if int(row[3]) < int(row[4])] == []

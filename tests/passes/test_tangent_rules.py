@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -598,3 +599,16 @@ def test_eigenvectors() -> None:
     turned = tangent_of(target, torch.linalg.eigh(given), (given,), {}, (moved,))[1]
     (grad,) = torch.autograd.grad(turned.square().sum(), given)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [torch.linalg.cholesky, torch.linalg.eigvalsh])
+def test_triangle_that_is_read(factor: Callable[[Tensor], Tensor]) -> None:
+    """Along a direction that is not symmetric, what moves is what the symmetric gradient says."""
+    matrix = normal(3, 3)
+    matrix, moved = matrix @ matrix.mT + torch.eye(3), normal(3, 3)
+    graph = make_fx(lambda x: (factor(x),))(matrix)
+    _, (tangent,) = push_forward(graph, [matrix], [moved])
+    given = matrix.requires_grad_()
+    w = torch.randn_like(tangent)
+    (grad,) = torch.autograd.grad((factor(given) * w).sum(), given)
+    torch.testing.assert_close((tangent * w).sum(), (grad * moved).sum(), rtol=1e-10, atol=1e-10)
