@@ -86,9 +86,7 @@ def check(program: Program, tally: Tally) -> None:
         tally.add("compared")
 
 
-@pytest.mark.parametrize(
-    "family", [*list(HOST_FAMILIES)[:4], pytest.param("complex", marks=[pytest.mark.slow])]
-)
+@pytest.mark.parametrize("family", HOST_FAMILIES)
 @pytest.mark.parametrize("times", [1, pytest.param(3, marks=[pytest.mark.slow])])
 # A network of another dtype under PyTorch's averaging, and what else PyTorch says of programs.
 @pytest.mark.filterwarnings("ignore")

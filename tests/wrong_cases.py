@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jvp
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 
@@ -202,20 +204,6 @@ def determinant() -> Any:
     return second, f
 
 
-def householder() -> Any:
-    a, b = torch.randn(2, 4, 2).unbind()
-    tau = torch.tensor([0.4, 0.7])
-
-    def f(t):
-        return torch.linalg.householder_product(a + t * b, tau).square().sum()
-
-    def second(t):
-        one = torch.ones(())
-        return jvp(lambda t: jvp(f, (t,), (one,))[1], (t,), (one,))[1]
-
-    return second, f
-
-
 def pair_distances() -> Any:
     net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
     atoms = torch.randn(5, 3, requires_grad=True)
@@ -284,3 +272,86 @@ def dual_numbers() -> Any:
             return fwad.unpack_dual(f(dual)).tangent
 
     return f, directional
+
+
+def tangent_gradient() -> Any:
+    a, b = torch.randn(2, 3, 3).unbind()
+    y = torch.randn(3)
+
+    def f(t):
+        return y @ torch.linalg.solve(a + 3 * torch.eye(3) + t * b, y)
+
+    def second(t):
+        return grad(lambda t: jvp(f, (t,), (torch.ones(()),))[1])(t)
+
+    return second, f
+
+
+def equal_singular_values() -> Any:
+    direction = torch.randn(3, 3)
+
+    def f(t):
+        return torch.linalg.det(torch.eye(3) + (t - 0.5) * direction)
+
+    def second(t):
+        return hessian(f)(t)
+
+    return second, f
+
+
+def eigenvectors() -> Any:
+    a, b = torch.randn(2, 3, 3).unbind()
+
+    def f(t):
+        return torch.linalg.eigh(a + a.mT + t * (b + b.mT))[1].square()[0, 0]
+
+    def second(t):
+        return grad(lambda t: jvp(f, (t,), (torch.ones(()),))[1])(t)
+
+    return second, f
+
+
+def zero_factor() -> Any:
+    a = torch.tensor([0.5, 1.0, 2.0, -0.3])
+
+    def f(t):
+        return torch.cumprod(torch.stack([t + a[0], t - 0.5, a[2] * t, a[3] + t]), 0).sum()
+
+    def second(t):
+        one = torch.ones(())
+        return jvp(lambda t: jvp(f, (t,), (one,))[1], (t,), (one,))[1]
+
+    return second, f
+
+
+def random_numbers() -> Any:
+    def noisy():
+        np.random.seed(0)
+        return torch.from_numpy(np.random.randn(3)).square().sum()
+
+    return noisy
+
+
+def data_parallel() -> Any:
+    class Train(nn.Module):
+        def __init__(self, net, loss):
+            super().__init__()
+            self.net, self.loss = net, loss
+
+        def forward(self, x):
+            return self.loss(self.net, x)
+
+    def loss(net, x):
+        u = net(x)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True, materialize_grads=True)
+        return g.square().sum(1).mean() + u.square().mean()
+
+    width = 600
+    layers = [nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+    net = nn.Sequential(*layers, nn.Linear(width, 1))
+    points = torch.randn(16, 8, requires_grad=True)
+
+    def step(loss):
+        return DistributedDataParallel(Train(net, loss))(points)
+
+    return loss, step

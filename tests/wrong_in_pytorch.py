@@ -28,6 +28,7 @@ from tests.wrong_measures import (
     dual,
     gradient,
     measured,
+    parallel,
     relative_error,
     second,
 )
@@ -203,13 +204,42 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
             (192540, 196696),
         ),
         Case(
-            "householder-product",
-            "`linalg.householder_product`: a `jvp` of a `jvp`",
-            "The rule of the first `jvp` is differentiated wrongly.",
-            wrong_cases.householder,
+            "solve-gradient-of-jvp",
+            "`linalg.solve`: the gradient of a `jvp`",
+            "As above; so is the gradient of a Hessian-vector product, or of `hessian`.",
+            wrong_cases.tangent_gradient,
             second,
             _SECOND,
-            (196698,),
+            (192540,),
+        ),
+        Case(
+            "det-equal-singular-values",
+            "`linalg.det` where singular values are equal",
+            "At the identity, under `torch.func`: `nan`. `autograd.grad` twice is right.",
+            wrong_cases.equal_singular_values,
+            second,
+            _SECOND,
+            (149694, 192521),
+        ),
+        Case(
+            "eigh",
+            "`linalg.eigh`: the gradient of a `jvp`",
+            "`nan` where all eigenvalues are distinct: the rule divides by differences, of which "
+            "those on the diagonal are zero.",
+            wrong_cases.eigenvectors,
+            second,
+            _SECOND,
+        ),
+    ),
+    "Products": (
+        Case(
+            "cumprod-zero",
+            "`cumprod` with a zero among the factors",
+            "A polynomial, differentiated by a formula that divides by the factors.",
+            wrong_cases.zero_factor,
+            second,
+            _SECOND,
+            (196701,),
         ),
     ),
     "Refused, although it can be computed": (
@@ -251,6 +281,24 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
         ),
     ),
     "`torch.compile`": (
+        Case(
+            "ddp",
+            "A nested loss under `DistributedDataParallel`",
+            "`torch.compile` cuts the graph where parameters fill a bucket (1 MB), also between a "
+            "forward pass and its inner gradient, which then is zero. With `trace_autograd_ops`; "
+            "without it, the loss is refused.",
+            wrong_cases.data_parallel,
+            parallel,
+            "the loss",
+        ),
+        Case(
+            "numpy-random",
+            "NumPy's random numbers",
+            "They are drawn from PyTorch's generator: other numbers, and NumPy's seed has no say.",
+            wrong_cases.random_numbers,
+            compiled("eager"),
+            "the value",
+        ),
         Case(
             "compiled-trace",
             "`hessian` of a function with a trace",
@@ -302,6 +350,7 @@ Every block below starts from
 <!-- no test: the cases themselves are run -->
 ```python
 {imports}
+
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
 ```
@@ -309,10 +358,12 @@ torch.manual_seed(0)
 
 
 def source(case: Case) -> str:
-    """What the page shows of a case: its function's body."""
+    """What the page shows of a case: its function's body, spaced as at a module's top."""
     lines = inspect.getsource(case.code).splitlines()
     body = textwrap.dedent("\n".join(lines[1:]))
-    return re.sub(r"\n+return [^\n]*\Z", "", body.rstrip())
+    body = re.sub(r"\n+return [^\n]*\Z", "", body.rstrip())
+    body = re.sub(r"\n\n(?=def |class )", "\n\n\n", body)
+    return re.sub(r"(\n [^\n]*\n)\n(?=\w)(?!def |class )", r"\1\n\n", body)
 
 
 def imports() -> str:
