@@ -162,6 +162,29 @@ def _without_writes(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.func.functionalize(function, remove="mutations")
 
 
+_OF_A_DIMENSION = {
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        ("sum", "dim_IntList"),
+        ("mean", "dim"),
+        ("squeeze", "dim"),
+        ("squeeze", "dims"),
+        ("transpose", "int"),
+        ("cumsum", "default"),
+        ("flip", "default"),
+    )
+}
+
+
+def _is_of_a_number(node: Node) -> bool:
+    """Whether an operator is called for a dimension of a tensor of shape (), where PyTorch takes 0
+    and -1 for one: it does nothing, and no rule need know of such a dimension."""
+    if node.kwargs or not isinstance(node.args[0], Node):
+        return False
+    source, value = value_of(node.args[0]), value_of(node)
+    return source.dim() == value.dim() == 0 and source.dtype == value.dtype
+
+
 def _record(
     function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode, table: Any
 ) -> GraphModule:
@@ -179,6 +202,8 @@ def _record(
         node.target = torch.ops.aten.reshape.default
     for node in module.graph.nodes:
         node.meta.pop("from_node", None)  # a chain that each trace would copy, one link longer
+        if node.target in _OF_A_DIMENSION and _is_of_a_number(node):
+            node.target, node.args = torch.ops.aten.alias.default, node.args[:1]
     module.recompile()
     return module
 

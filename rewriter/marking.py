@@ -98,7 +98,7 @@ class Marking(Interpreter):
             _AUTOGRAD._saved_tensors_hooks_disable: lambda message: None,
             _AUTOGRAD._saved_tensors_hooks_enable: lambda: None,
             torch._C._set_grad_enabled: self._set_grad_enabled,
-            _AUTOGRAD._get_data_attr: stop_mark,
+            _AUTOGRAD._get_data_attr: self._data,
             torch.nn.functional.batch_norm: self._batch_norm,
             torch.nn.functional.instance_norm: self._instance_norm,
             torch.nn.functional.embedding: self._embedding,
@@ -258,6 +258,16 @@ class Marking(Interpreter):
         self.memory.add(node, copied=True)
         self.memory.owner[node] = self.memory.owner[source]
         return self.env[source]
+
+    def _data(self, x: Tensor) -> Tensor:
+        """Stop gradients; ``detach()`` does so at each level of the transforms around it, ``data``
+        at the innermost only."""
+        (read,) = self.node_running.all_input_nodes
+        if self.depth and requires_grad(example_of(read)):
+            raise CaptureError(
+                "x.data inside of a transform, where x.detach() is meant", where(self.node_running)
+            )
+        return stop_mark(x)
 
     def _set_grad_enabled(self, enabled: bool) -> None:
         if self.duals and not enabled:

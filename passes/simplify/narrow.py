@@ -83,8 +83,10 @@ def narrow_stacks(graph: Graph) -> int:
 
 def _is_read_in_part(stack: Node) -> bool:
     """Whether only some places of the first dimension are read, each by its number."""
-    size = value_of(stack).shape[0] if value_of(stack).dim() > 1 else 0
-    if not isinstance(size, int) or not stack.users:
+    if value_of(stack).dim() < 2 or not stack.users:
+        return False
+    size = value_of(stack).shape[0]
+    if not isinstance(size, int):
         return False
     read = set[int]()
     for user in stack.users:
