@@ -742,7 +742,10 @@ def compile_function(
             trace.refuse("the graph of the loss was cut into pieces before it could be rewritten")
         build = method()
         assert build is not None, "a specialisation for a loss that is gone"
-        return build(captured, inputs)
+        made = build(captured, inputs)
+        for node in placeholders(captured.graph):
+            _forget_tensors(getattr(example_of(node), "fake_mode", None))
+        return made
 
     options: dict[str, Any] = {"options": {"guard_filter_fn": _kept_guards}}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -755,6 +758,16 @@ def compile_function(
         # What Dynamo has made of a code object leads back to it where no garbage collector sees it.
         weakref.finalize(own, reset, own.__code__).atexit = False
     return past_the_wrapper(own, compiled, is_capturing)
+
+
+def _forget_tensors(mode: Any) -> None:
+    """Drop the weak references to the user's tensors that go along with their fake values: while
+    there is one, `torch.utils.swap_tensors` refuses a tensor."""
+    converter = getattr(mode, "fake_tensor_converter", None)
+    describer = getattr(getattr(converter, "meta_converter", None), "describer", None)
+    known = getattr(describer, "lookup_tensor", None)
+    if known:
+        known.clear()
 
 
 def _let_go(backend: Callable[..., Any]) -> None:
@@ -814,6 +827,9 @@ def forget(error: BaseException) -> None:
     with torch._C._ForceDispatchKeyGuard(include, exclude):
         while found is not None:
             traceback.clear_frames(found.__traceback__)
+            traced = getattr(found, "_torch_dynamo_tracer_output", None)
+            output = getattr(traced, "output_graph_for_cleanup", None)
+            _forget_tensors(getattr(output, "fake_mode", None))
             found = found.__cause__ or found.__context__
         gc.collect()
 

@@ -166,6 +166,12 @@ def swapped(net: Any) -> Any:
     return net, list(net.parameters())
 
 
+def swapped_for_another(net: Any) -> Any:
+    net.zero_grad()
+    torch.utils.swap_tensors(net.weight, nn.Parameter(other(net.weight).detach()))
+    return net, list(net.parameters())
+
+
 def averaged(net: Any) -> Any:
     average = AveragedModel(net)
     with torch.no_grad():
@@ -232,7 +238,8 @@ def replicated(net: Any) -> Any:
 
 WAYS: list[Way] = [
     copied, deep_copied, pickled, cloned, cloned_of_its_class, with_fast_weights,
-    called_functionally, reparametrized, parametrized, parametrization_removed, swapped, averaged,
+    called_functionally, reparametrized, parametrized, parametrization_removed, swapped,
+    swapped_for_another, averaged,
     of_another_class, of_an_unrelated_class, wrapped, wrapped_function, redirected, replicated,
 ]  # fmt: skip
 
