@@ -555,6 +555,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            warnings.filterwarnings("ignore", message="Dynamo does not know how to trace")
             # It makes an instance of a user's `autograd.Function` to trace its methods.
             warnings.filterwarnings("ignore", message=".* should not be instantiated")
             yield
@@ -647,6 +648,8 @@ def capturing(
             # Marks for profilers, around nothing: twelve calls of Python in each call of ours.
             settings["record_runtime_overhead"] = False
         stack.enter_context(dynamo_config.patch(**settings))
+        # It looks for nan in the gradients of fake tensors. What a step returns is looked at later.
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_open(inputs))
         stack.enter_context(appended_later(logs, trace.refuse))
         stack.enter_context(_quiet())

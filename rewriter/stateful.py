@@ -80,9 +80,11 @@ def outside_transforms() -> contextlib.AbstractContextManager[list[Any]]:
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-    """Leave transforms and hooks on saved tensors (checkpoints) inside the ``with`` block: what is
-    traced there is none of the user's."""
-    with without_saved_tensor_hooks(), outside_transforms():
+    """Leave transforms, hooks on saved tensors (checkpoints) and `detect_anomaly`, which looks at
+    values that fake tensors do not have, inside the ``with`` block: what is traced there is none of
+    the user's."""
+    anomalies = torch.autograd.set_detect_anomaly(False)
+    with anomalies, without_saved_tensor_hooks(), outside_transforms():
         yield
 
 

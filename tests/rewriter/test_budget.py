@@ -397,6 +397,20 @@ def test_a_refusal_under_a_mode_holds_under_it_alone(mode: Callable[[], Any]) ->
     assert len(loss.steps) == 1
 
 
+@pytest.mark.parametrize("function", [penalty, by_layer])
+def test_the_first_call_may_be_under_detect_anomaly(function: Callable[..., Any]) -> None:
+    net, loss = Net(), decorated(function)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+        anomaly = torch.autograd.detect_anomaly()
+    with anomaly:
+        given = storm(loss, net, nothing, 1)
+        assert torch.is_anomaly_enabled()
+    made: Any = [f for f in towers_of(loss) if f.steps] or [loss]
+    assert len(given) == (function is by_layer) and len(made[0].steps) == 1
+    assert storm(loss, net, nothing, 1) == [] and len(made[0].steps) == 1
+
+
 def test_a_refused_call_leaves_what_there_is() -> None:
     """A kind of call that was captured stays so, whatever becomes of another with the same
     types."""
