@@ -126,7 +126,7 @@ class Budget:
         blamed = {_key(miss): miss for miss in misses}
         for key in blamed:
             if key in self._given_up:
-                raise self._given_up[key]
+                raise self._given_up[key].with_traceback(None)
         self._opened = []
         for miss in blamed.values():
             self._open(miss)

@@ -238,6 +238,7 @@ class Specialising(ABC):
         if self.options.strict and not isinstance(refusal, TooLittleWork):
             raise refusal
         if refusal in self._known:
+            for_its_words(refusal)
             return self._run_uncaptured(refusal, args, kwargs)
         call = Call(args, kwargs)  # as it is before the call, which may add to a dict
         try:

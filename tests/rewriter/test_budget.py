@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -425,6 +427,20 @@ def test_a_refused_call_leaves_what_there_is() -> None:
     calls: list[Any] = []
     made.steps[0]._run = lambda *inputs: calls.append(1) or run(*inputs)
     assert storm(made, net, lambda i: ("plain",), 2) == [] and len(calls) == 2
+
+
+@pytest.mark.parametrize("function", [by_layer, of_text])
+def test_nothing_is_kept_of_calls_that_run_as_written(function: Callable[..., Any]) -> None:
+    loss, net, kept = decorated(function), Net(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(6):
+            x = X.clone()
+            kept.append(weakref.ref(x))
+            loss(net, x, *(["a" * step] if function is of_text else []))
+            del x
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 6
 
 
 def test_strict_raises_when_a_value_is_given_up() -> None:
