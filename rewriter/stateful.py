@@ -129,6 +129,12 @@ def _is_dual_level_open() -> bool:
     return False
 
 
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks on saved tensors are in force. A checkpoint's end the forward pass that it runs
+    again with an error of theirs, as soon as all is saved that it needs."""
+    return _A._top_saved_tensors_default_hooks(True) is not None
+
+
 @contextlib.contextmanager
 def without_saved_tensor_hooks() -> Iterator[None]:
     """Keep a checkpoint from counting, or unpacking, what fake tensors save."""

@@ -35,7 +35,7 @@ from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
 from rewriter.start import Tiered, code_for, is_waiting
-from rewriter.stateful import any_wrapped, levels_restored, unwrap_dead
+from rewriter.stateful import any_wrapped, has_saved_tensor_hooks, levels_restored, unwrap_dead
 from rewriter.verifying import Verdict, failed, tell, verify_code, verify_step
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
@@ -156,7 +156,7 @@ class Step:
         Raises:
             Exception: What the loss as written raises; with ``strict``, what our code did.
         """
-        if self.options.strict or _is_to_be_raised(error):
+        if self.options.strict or _is_to_be_raised(error) or has_saved_tensor_hooks():
             raise error
         captured = self.rewritten.captured
         outputs = run_in_place(captured, inputs, value_only=value_only.get())

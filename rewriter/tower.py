@@ -22,6 +22,7 @@ from rewriter.gradients import is_legacy_batch, own_tensors, uncompiled
 from rewriter.options import Options
 from rewriter.start import code_for
 from rewriter.stateful import (
+    has_saved_tensor_hooks,
     is_inside_level,
     is_inside_transform,
     is_wrapped,
@@ -275,7 +276,8 @@ class _LevelFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         compiled = call.compiled
-        if compiled.is_unknown and not is_inside_level():
+        # What a checkpoint keeps can be asked for once.
+        if compiled.is_unknown and not (is_inside_level() or has_saved_tensor_hooks()):
             call.seen = Seen.of(compiled.level, inputs, compiled.updated)
         return compiled.primal(inputs, call.targets)
 

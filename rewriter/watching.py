@@ -16,7 +16,7 @@ from passes.levels import Cotangent, Level, run_and_keep
 from passes.tracing import without_fused_kernels
 from rewriter.errors import OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
-from rewriter.stateful import levels_restored
+from rewriter.stateful import has_saved_tensor_hooks, levels_restored
 from rewriter.verifying import SAME, Verdict, failed, tell, verify_code
 
 
@@ -45,7 +45,8 @@ class Watch:
 
     def is_to_be_raised(self, error: Exception) -> bool:
         """Whether an error says what is the matter by itself, or another run would not help."""
-        return self.strict or isinstance(error, (OptimizeNestedError, torch.OutOfMemoryError))
+        is_said = isinstance(error, (OptimizeNestedError, torch.OutOfMemoryError))
+        return self.strict or is_said or has_saved_tensor_hooks()
 
     def failed(self, error: Exception) -> None:
         """Let the module run as written from now on: something of ours has failed."""
