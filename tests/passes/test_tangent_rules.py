@@ -144,6 +144,8 @@ def linear_cases() -> Iterator[Case]:
         (normal(1, 4, 2, 2), image, [2, 2], [2, 2], [0, 0], False, True, None),
     )
     yield Case(aten._adaptive_avg_pool2d.default, (image, [2, 3]))
+    pivots = torch.tensor([2, 3, 3], dtype=torch.int32)
+    yield Case(aten.lu_unpack.default, (normal(3, 3), pivots))
     yield Case(aten._adaptive_avg_pool2d_backward.default, (normal(1, 4, 2, 3), image))
     _, indices = aten.max_pool2d_with_indices(image, [2, 2])
     yield Case(
