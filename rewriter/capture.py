@@ -859,7 +859,7 @@ def as_capture_error(error: BaseException, trace: Trace) -> CaptureError | None:
             return CaptureError(trace.refused, _user_line(error, text))
         reason = text[0] if text else type(error).__name__
         if any(_asks_for_a_float(line) for line in text):
-            return NeedsNumber("a Python number is needed", _user_line(error, text))
+            return NeedsNumber("a branch on the value of a tensor", _user_line(error, text))
         if "config.use_numpy_random_stream" in reason:
             reason = "a draw from NumPy's random generator"
         if reason == "Data-dependent branching" or any(
