@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
 from passes.convolutions import any_size_differentiable
-from passes.graph import placeholders
+from passes.graph import copy_graph, placeholders
 from passes.live import LiveBytes
 from passes.price import FlopCounter
 from passes.tracing import fake_mode_of, without_fused_kernels
@@ -58,6 +58,33 @@ class AsWritten:
         return frozenset(self.wanted).difference(*self.reached.values())
 
 
+def without_checkpoints(captured: GraphModule) -> GraphModule:
+    """Return a captured graph that computes what its checkpoints do at once: Dynamo's, run as they
+    are, draw anew when they compute again."""
+    found = [n for n in captured.graph.nodes if is_checkpoint(n.target)]
+    if not found:
+        return captured
+    captured = copy_graph(captured)
+    for node in captured.graph.nodes:
+        if is_checkpoint(node.target):
+            node.target, node.kwargs = _call, {}
+    captured.recompile()
+    return captured
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether a node of a captured graph computes its part again in the backward pass."""
+    is_of_higher_order = isinstance(target, torch._ops.HigherOrderOperator)
+    return is_of_higher_order and target.name() in CHECKPOINTS
+
+
+CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+
+
+def _call(body: GraphModule, *inputs: Any) -> Any:
+    return body(*inputs)
+
+
 def run_as_written(
     captured: Callable[..., Any], inputs: Sequence[Any], wanted: Sequence[int]
 ) -> tuple[list[Any], list[Any]]:
@@ -85,7 +112,7 @@ def run_in_place(captured: GraphModule, inputs: Sequence[Any], *, value_only: bo
         value_only: Whether the caller has gradients switched off.
     """
     with torch.enable_grad(), without_fused_kernels(), levels_restored():
-        outputs = captured(*inputs)
+        outputs = without_checkpoints(captured)(*inputs)
     return tree_map_only(Tensor, torch.detach, outputs) if value_only else outputs
 
 

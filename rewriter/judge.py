@@ -18,6 +18,7 @@ from torch.fx.node import map_aggregate
 
 from passes import derivative
 from passes.graph import copy_graph, graphs_in, is_random, where
+from passes.markers import LEAF, STOP
 
 # Of the largest element of a point. An error of fourth order, and of rounding by 1e-16 over it.
 STEP = 1e-3
@@ -135,6 +136,8 @@ class _Checking(Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (derivative.gradient, derivative.tangent) and _has_stops(args[0]):
+            raise Undecided("what is differentiated is detached in part")
         found = super().call_function(target, args, kwargs)
         if target is derivative.gradient:
             _check_gradient(found, *args, at=where(self._now))
@@ -143,6 +146,11 @@ class _Checking(Interpreter):
         elif target is derivative.user_function:
             raise Undecided("a user's autograd.Function is what its author says")
         return found
+
+
+def _has_stops(body: GraphModule) -> bool:
+    nodes = (node for part in graphs_in(body) for node in part.graph.nodes)
+    return any(node.target in (derivative.stop, STOP, LEAF) for node in nodes)
 
 
 def _check_gradient(

@@ -30,6 +30,7 @@ from passes.markers import (
 )
 from passes.tracing import values_unknown
 from rewriter import nesting
+from rewriter.as_written import is_checkpoint
 from rewriter.capture import example_of, set_requires_grad
 from rewriter.errors import CaptureError, NeedsNumber
 from rewriter.memory import Memory, is_renormalising, requires_grad, written_by
@@ -200,7 +201,7 @@ class Marking(Interpreter):
         return super().call_method(target, args, kwargs)
 
     def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target.name() in ("tag_activation_checkpoint", "wrap_activation_checkpoint"):
+        if is_checkpoint(target):
             body, *inputs = args
             return self._inlined(body, inputs)
         if target.name() == "autograd_function_apply":

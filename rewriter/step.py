@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import is_random, needs, placeholders, results, value_of
 from passes.linearize import Linearization, split
-from rewriter.as_written import run_in_place
+from rewriter.as_written import run_in_place, without_checkpoints
 from rewriter.capture import is_observed, is_parameter
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
@@ -424,7 +424,7 @@ def _differentiate_as_written(ctx: Any, cotangents: Sequence[Tensor | None]) -> 
     for position in step.roles.updated:
         inputs[position] = inputs[position].detach().clone()
     with generators_restored(ctx.generator), levels_restored():
-        outputs = list(step.rewritten.captured(*inputs))
+        outputs = list(without_checkpoints(step.rewritten.captured)(*inputs))
     pairs = [
         (outputs[i], cotangents[i]) for i in step.roles.differentiable if cotangents[i] is not None
     ]

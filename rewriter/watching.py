@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from passes.graph import is_random
 from passes.levels import Cotangent, Level, run_and_keep
 from passes.tracing import without_fused_kernels
+from rewriter.as_written import without_checkpoints
 from rewriter.errors import OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.stateful import has_saved_tensor_hooks, levels_restored
@@ -184,7 +185,7 @@ def _ends(
         kind is not Cotangent.GIVEN for kind in given[level.n_outputs :]
     ):
         # It writes to its state.
-        return list(watch.captured(*(_copied(x) for x in own)))
+        return list(without_checkpoints(watch.captured)(*(_copied(x) for x in own)))
     outputs, residuals = run_and_keep(level.graph, level.residuals, own)
     return [*outputs[: level.n_outputs], *residuals]
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
-from torch.func import hessian, vmap
+from torch.func import hessian, jvp, vmap
 
+import passes.derivative
 import rewriter.tower
 from rewriter import CheckFailed, NestedGradientWarning, judge, optimize_nested
 from rewriter.comparing import Run, from_plain, worst
@@ -187,6 +188,38 @@ def test_where_pytorch_is_wrong(
     optimize_nested(loss, backend="eager", check=True)(module, points())
 
 
+def reflectors(scale: nn.Module, x: Tensor) -> Tensor:
+    def of(a: Tensor) -> Tensor:
+        return torch.linalg.householder_product(a, a[0]).sum()
+
+    a, v = x.tril(-1) * scale.weight, torch.arange(9).view(3, 3).to(x)
+    return jvp(lambda p: jvp(of, (p,), (torch.ones_like(p),))[1], (a,), (v,))[1]
+
+
+def test_where_a_value_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    """Differences inside of the flat graph decide; the value is that of differences outside."""
+    scale, x = nn.Linear(1, 1).double(), points()[:3]
+    loss = optimize_nested(reflectors, backend="eager")
+    with caplog.at_level(logging.WARNING, logger="optimize_nested"):
+        value = loss(scale, x).item()
+    assert "it is PyTorch's that is wrong" in caplog.text
+
+    def moved(step: Tensor) -> list[Tensor]:
+        a = x.tril(-1) * scale.weight.detach() + step * torch.arange(9).view(3, 3)
+
+        def of(h: Tensor) -> Tensor:
+            b = a + h
+            return torch.linalg.householder_product(b, b[0]).sum()
+
+        zero = torch.zeros((), dtype=torch.float64)
+        return judge.along(lambda h: [of(h[0])], [zero], [torch.ones_like(zero)])
+
+    zero = torch.zeros((), dtype=torch.float64)
+    (right,) = judge.along(lambda h: moved(h[0]), [zero], [torch.ones_like(zero)])
+    assert value == pytest.approx(right.item(), rel=1e-4)
+    assert reflectors(scale, x).item() != pytest.approx(value, rel=1e-2)
+
+
 def test_finite_differences() -> None:
     """A directional derivative to eight digits; a kink is no case for them."""
     x = torch.tensor([0.3, -0.7], dtype=torch.float64)
@@ -281,3 +314,22 @@ def test_no_process_waits_for_another(tmp_path: Path) -> None:
         assert step.verdict is not None and "other processes" in step.verdict.said
     finally:
         dist.destroy_process_group()
+
+
+def partly_detached(net: nn.Module, x: Tensor) -> Tensor:
+    p = x.detach().requires_grad_()
+    u = net(p)
+    (g,) = torch.autograd.grad(u.sum(), p, create_graph=True)
+    return (g.square().sum(1) * u.detach().sum(1)).sum()
+
+
+def test_differences_do_not_see_what_is_detached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The derivative of the value is not what the user asks for: it is no judge."""
+    monkeypatch.setenv("OPTIMIZE_NESTED_DUMP", str(tmp_path))
+    monkeypatch.setattr(passes.derivative, "stop", lambda x: x.clone())
+    loss = optimize_nested(partly_detached, backend="eager", strategy="jvp_over_gradient")
+    with pytest.warns(NestedGradientWarning, match="differs from the loss as written"):
+        loss(net(), points())
+    assert loss.steps[0].verdict.is_wrong
