@@ -124,8 +124,10 @@ def gradients_of(
     if not ends or not inputs:
         return [None] * len(inputs)
     seeds = [torch.ones_like(u) for u in ends]
-    grads = torch.autograd.grad(ends, inputs, seeds, allow_unused=True, retain_graph=retain_graph)
-    return list(grads)
+    with torch._C._DisableAutocast():  # users leave autocast before the backward pass
+        return list(
+            torch.autograd.grad(ends, inputs, seeds, allow_unused=True, retain_graph=retain_graph)
+        )
 
 
 def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:

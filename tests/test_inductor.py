@@ -151,7 +151,8 @@ def test_autocast_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     net, x = mlp(nn.Tanh, 3, 6, 2).float(), torch.randn(5, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        optimize_nested(in_full, strict=True)(net, x)
+        # Not compared: what stands in for the compiler heeds the autocast around the call.
+        optimize_nested(in_full, strict=True, verify=False)(net, x)
     assert seen == [False]
 
 
