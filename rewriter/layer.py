@@ -41,7 +41,7 @@ from rewriter.stateful import (
 )
 from rewriter.step import value_only
 from rewriter.tower_report import TowerReport, level_reports
-from rewriter.verifying import verify_layer
+from rewriter.verifying import coarsest, verify_layer
 from rewriter.watching import Watch
 
 M = TypeVar("M", bound=nn.Module)
@@ -204,7 +204,7 @@ class Tower:
             inputs,
             level.wanted,
             self.base.updated,
-            value_only=is_value,
+            coarsest(level.graph),
         )
         self.watch.found(found)
         self._uncompared -= {is_value}

@@ -36,7 +36,7 @@ from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
 from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, has_saved_tensor_hooks, levels_restored, unwrap_dead
-from rewriter.verifying import Verdict, failed, tell, verify_code, verify_step
+from rewriter.verifying import Verdict, coarsest, failed, tell, verify_code, verify_step
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
 value_only: contextvars.ContextVar[bool] = contextvars.ContextVar("value_only", default=False)
@@ -297,8 +297,9 @@ class Step:
         Raises:
             CheckFailed: With ``strict``: they differ.
         """
-        assert self._backward is not None
-        found, verdict = verify_code(self._backward(*given), self._op_by_op(), given, "a gradient")
+        assert self._backward is not None and self.halves is not None
+        unit, ours = coarsest(self.halves.tangent), self._backward(*given)
+        found, verdict = verify_code(ours, self._op_by_op(), given, "a gradient", unit)
         if verdict.is_wrong:
             self.verdict = verdict
             tell(verdict, self.rewritten.function, strict=self.options.strict)

@@ -147,7 +147,9 @@ def _verdict(
     start.set()
     try:
         ours = rewritten_run(rewritten, run, inputs, value_only=value_only)
-    # Whatever it is that our code raises, the loss as written has just run.
+    except torch.OutOfMemoryError:
+        return Verdict(False, "not compared: there is no memory for copies of the inputs")
+    # Whatever else it is that our code raises, the loss as written has just run.
     except Exception as error:
         said = f"{_first_line(error)} where the loss as written does not"
         return _wrong(rewritten, inputs, said)
@@ -167,7 +169,7 @@ def differs(
     plain: Run,
     as_written: Callable[[Sequence[Any]], Run],
     inputs: Sequence[Any],
-    unit: float = 0.0,
+    unit: float,
 ) -> Difference | None:
     """Return the largest difference between two runs that is no rounding.
 
@@ -196,6 +198,7 @@ def verify_code(
     reference: Callable[..., Sequence[Any]],
     inputs: Sequence[Any],
     what: str,
+    unit: float,
 ) -> tuple[Sequence[Any], Verdict]:
     """Compare results with those of another function of the same inputs.
 
@@ -204,6 +207,7 @@ def verify_code(
         reference: The function that is right; nothing is written in it.
         inputs: What it takes.
         what: What the results are, for the user.
+        unit: How far the coarsest type in between rounds.
 
     Returns:
         The results, those of ``reference`` if they differ, and what was found.
@@ -215,7 +219,7 @@ def verify_code(
     plain = reference(*inputs)
     names = [f"{what} ({i})" for i in range(len(plain))]
     own = _filled(ours, plain)
-    found = differs(names, own, _filled(plain, ours), as_written, inputs)
+    found = differs(names, own, _filled(plain, ours), as_written, inputs, unit)
     if found is None:
         return ours, SAME
     return plain, Verdict(True, f"{found}. Please report this", told=True)
@@ -235,8 +239,7 @@ def verify_layer(
     inputs: Sequence[Any],
     wanted: Sequence[int],
     updated: Sequence[int],
-    *,
-    value_only: bool,
+    unit: float,
 ) -> Verdict:
     """Run a module's call both ways on copies of ``inputs`` and compare values, state and random
     streams; nothing is left changed. Its derivatives are compared when they are first asked for.
@@ -247,7 +250,7 @@ def verify_layer(
         inputs: Those of the call.
         wanted: Positions of the inputs that a derivative can be asked for.
         updated: Positions of the inputs that the module writes to.
-        value_only: Whether gradients are off.
+        unit: How far the coarsest type in between rounds.
     """
     if communicates(captured):
         return APART
@@ -278,7 +281,7 @@ def verify_layer(
         names += [
             f"the new value of {source_name(placeholders(captured.graph)[i])}" for i in updated
         ]
-        found = differs(names, ours, plain, as_written, inputs)
+        found = differs(names, ours, plain, as_written, inputs, unit)
     return SAME if found is None else Verdict(True, f"{found}. Please report this", told=True)
 
 
@@ -290,8 +293,11 @@ def failed(name: str, captured: GraphModule, error: Exception) -> Verdict:
 
 
 def _wrong(rewritten: Rewritten, inputs: Sequence[Any], said: str) -> Verdict:
-    folder = dump_failed(rewritten, inputs)
-    return Verdict(True, f"{said}. Please report this, with {folder}", told=True)
+    try:
+        report = f"Please report this, with {dump_failed(rewritten, inputs)}"
+    except OSError as error:  # nothing can be written anywhere; what is right still runs
+        report = f"Please report this (its graphs cannot be written to a folder: {error})"
+    return Verdict(True, f"{said}. {report}", told=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -406,7 +412,8 @@ def _by_formulas(rewritten: Rewritten, inputs: Sequence[Any], ours: Run) -> str 
     start = Generators.now()
     reference = by_formula(inputs)
     names = names_of(rewritten, value_only=not ours.grads)
-    if differs(names, ours, reference, by_formula, inputs):
+    unit = coarsest(rewritten.derivative)
+    if differs(names, ours, reference, by_formula, inputs, unit):
         return None
     return f"with its layers written as formulas it gives what is given here; see {PAGE}"
 

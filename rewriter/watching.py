@@ -18,7 +18,7 @@ from rewriter.as_written import without_checkpoints
 from rewriter.errors import OptimizeNestedError
 from rewriter.generators import Generators, generators_restored
 from rewriter.stateful import has_saved_tensor_hooks, levels_restored
-from rewriter.verifying import SAME, Verdict, failed, tell, verify_code
+from rewriter.verifying import SAME, Verdict, coarsest, failed, tell, verify_code
 
 
 @dataclass
@@ -118,9 +118,8 @@ def compared(
             own[i].requires_grad_()
         return _pulled_back(watch, level, seen, given, needed, own, values[len(own) :])
 
-    found, verdict = verify_code(
-        ours, reference, [*seen.inputs, *cotangents], "a gradient of a module"
-    )
+    given_all, unit = [*seen.inputs, *cotangents], coarsest(level.graph)
+    found, verdict = verify_code(ours, reference, given_all, "a gradient of a module", unit)
     if watch.verdict in (None, SAME) or verdict.is_wrong:
         watch.found(verdict)
     if not (verdict.is_wrong and torch.is_grad_enabled()):
