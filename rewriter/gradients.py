@@ -166,7 +166,7 @@ def mark_constant(ctx: Any, outputs: Sequence[Any], differentiable: Sequence[int
 
 def _run_backward(function: Any, ctx: Any, cotangents: Sequence[Any]) -> Any:
     """Run a backward of ours as it is where compiled autograd would have Dynamo trace it."""
-    return function.backward(ctx, *cotangents)
+    return function.pulled(ctx, *cotangents)
 
 
 uncompiled: Any = torch._dynamo.disable(_run_backward)

@@ -376,8 +376,13 @@ class _StepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # in another thread, perhaps
             return uncompiled(_StepFunction, ctx, cotangents)
+        return _StepFunction.pulled(ctx, *cotangents)
+
+    @staticmethod
+    def pulled(ctx: Any, *cotangents: Tensor | None) -> Sequence[Any]:
+        """Do what `backward` does, untraced."""
         step: Step = ctx.step
         if torch.is_grad_enabled():
             return (None, None, *_differentiate_as_written(ctx, cotangents))

@@ -309,8 +309,13 @@ class _LevelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # in another thread, perhaps
             return uncompiled(_LevelFunction, ctx, cotangents)
+        return _LevelFunction.pulled(ctx, *cotangents)
+
+    @staticmethod
+    def pulled(ctx: Any, *cotangents: Tensor | None) -> Sequence[Any]:
+        """Do what `backward` does, untraced."""
         compiled: CompiledLevel = ctx.compiled
         given = tuple([_kind(c) for c in cotangents])
         none = (None,) * (ctx.n_inputs + 1)

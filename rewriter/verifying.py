@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.graph import graphs_in, placeholders, value_of
+from passes.graph import graphs_in, needs, placeholders, results, value_of
 from passes.markers import FUNCTION, LEAF, STOP
 from passes.nest import active_nodes
 from rewriter import judge
@@ -388,12 +388,16 @@ def has_stops(rewritten: Rewritten) -> bool:
     flat = next((stage.module for stage in rewritten.stages if stage.name == "flatten"), None)
     if flat is None:
         return True
-    inputs = placeholders(flat.graph)
-    active = active_nodes(flat, {inputs[i] for i in rewritten.roles.wanted})
-    return any(
-        node.target in (STOP, LEAF, FUNCTION) and not active.isdisjoint(node.all_input_nodes)
+    inputs, roles = placeholders(flat.graph), rewritten.roles
+    active = active_nodes(flat, {inputs[i] for i in roles.wanted})
+    stops = [
+        node
         for node in flat.graph.nodes
-    )
+        if node.target in (STOP, LEAF, FUNCTION) and not active.isdisjoint(node.all_input_nodes)
+    ]
+    # What is written to the statistics of a layer is no part of the value.
+    read = needs(results(flat.graph)[i] for i in roles.differentiable)
+    return not read.isdisjoint(stops)
 
 
 def _by_formulas(rewritten: Rewritten, inputs: Sequence[Any], ours: Run) -> str | None:

@@ -204,5 +204,5 @@ def test_a_call_is_thin(layers: int) -> None:
     values = []
     assert python_calls(lambda: values.append(loss(net, x))) - in_graph <= 21
     least = torch.ones((), requires_grad=True).square()
-    # Two of them ask whether Dynamo traces the pass.
-    assert python_calls(values[0].backward) - python_calls(least.backward) <= 7
+    # Two of them ask whether Dynamo traces the pass, one is what it would not trace.
+    assert python_calls(values[0].backward) - python_calls(least.backward) <= 8
