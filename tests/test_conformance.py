@@ -58,6 +58,12 @@ LATER = {"nn.functional.grid_sample": second_derivative_of_grid_sample}
 known = functools.cache(entries)  # its import takes seconds
 
 
+@pytest.fixture(autouse=True)
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rewritten numbers themselves are compared, also where PyTorch's are wrong."""
+    monkeypatch.setenv("OPTIMIZE_NESTED_VERIFY", "0")
+
+
 @pytest.mark.filterwarnings("ignore")  # the database builds its samples with deprecated functions
 @pytest.mark.parametrize("name", [pytest.param(n, marks=LATER.get(n, ())) for n in SAMPLE])
 @pytest.mark.parametrize("samples", [1, pytest.param(SAMPLES, marks=[pytest.mark.slow])])
