@@ -30,7 +30,7 @@ from rewriter.stateful import (
     unwrap_dead,
     without_saved_tensor_hooks,
 )
-from rewriter.watching import Seen, Watch, compared, pulled_back_as_written
+from rewriter.watching import Pullback, Seen, Watch
 
 
 class CompiledLevel:
@@ -141,9 +141,9 @@ class CompiledLevel:
             return grads
         inputs = _inputs_of(ctx)
         with without_saved_tensor_hooks():
-            out = compared(
-                self.watch, self.level, ctx.seen, given, needed, cotangents, grads, inputs
-            )
+            out = Pullback(
+                self.watch, self.level, ctx.seen, given, needed, cotangents, inputs
+            ).compared(grads)
         self._compared.add((given, needed))
         return out
 
@@ -165,9 +165,9 @@ class CompiledLevel:
         try:
             inputs = _inputs_of(ctx)  # what the user did wrong with them is his error
             with without_saved_tensor_hooks():
-                grads = pulled_back_as_written(
+                grads = Pullback(
                     self.watch, self.level, ctx.seen, given, needed, cotangents, inputs
-                )
+                ).as_written()
         except Exception:
             raise error from None
         self.watch.failed(error)

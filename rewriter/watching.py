@@ -86,107 +86,91 @@ class Seen:
         return Seen(own, Generators.now() if draws else None)
 
 
-def compared(
-    watch: Watch,
-    level: Level,
-    seen: Seen,
-    given: Sequence[Cotangent],
-    needed: Sequence[int],
-    cotangents: Sequence[Tensor],
-    ours: Sequence[Any],
-    inputs: Sequence[Any],
-) -> Sequence[Any]:
-    """Return a pullback; where it is not that of autograd, autograd's.
+@dataclass(frozen=True)
+class Pullback:
+    """One pullback of a level of a tower, as autograd would compute it.
 
-    Args:
+    Attributes:
         watch: What is known of the tower.
         level: The level that is pulled back.
         seen: Its call.
         given: What is known of each cotangent, of outputs and residuals.
         needed: Positions of the inputs whose gradients are asked for.
         cotangents: Those that are given.
-        ours: The gradients.
         inputs: Those of the call, as autograd knows them.
-
-    Raises:
-        CheckFailed: With ``strict``: the two differ.
     """
 
-    def reference(*values: Any) -> list[Any]:
-        own = [x.detach() if isinstance(x, Tensor) else x for x in values[: len(seen.inputs)]]
-        for i in needed:
-            own[i].requires_grad_()
-        return _pulled_back(watch, level, seen, given, needed, own, values[len(own) :])
+    watch: Watch
+    level: Level
+    seen: Seen
+    given: Sequence[Cotangent]
+    needed: Sequence[int]
+    cotangents: Sequence[Tensor]
+    inputs: Sequence[Any]
 
-    given_all, unit = [*seen.inputs, *cotangents], coarsest(level.graph)
-    found, verdict = verify_code(ours, reference, given_all, "a gradient of a module", unit)
-    if watch.verdict in (None, SAME) or verdict.is_wrong:
-        watch.found(verdict)
-    if not (verdict.is_wrong and torch.is_grad_enabled()):
-        return found
-    return pulled_back_as_written(watch, level, seen, given, needed, cotangents, inputs)
+    def compared(self, ours: Sequence[Any]) -> Sequence[Any]:
+        """Return a tower's gradients; where they are not autograd's, autograd's.
 
+        Raises:
+            CheckFailed: With ``strict``: the two differ.
+        """
 
-def pulled_back_as_written(
-    watch: Watch,
-    level: Level,
-    seen: Seen,
-    given: Sequence[Cotangent],
-    needed: Sequence[int],
-    cotangents: Sequence[Tensor],
-    inputs: Sequence[Any],
-) -> list[Any]:
-    """Return autograd's pullback, for another derivative too; see `compared`."""
-    own = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
-    for i in needed:
-        if not own[i].requires_grad:
-            own[i] = own[i].detach().requires_grad_()
-    return _pulled_back(watch, level, seen, given, needed, own, cotangents)
+        def reference(*values: Any) -> list[Any]:
+            n = len(self.seen.inputs)
+            own = [x.detach() if isinstance(x, Tensor) else x for x in values[:n]]
+            for i in self.needed:
+                own[i].requires_grad_()
+            return self._of(own, values[n:])
 
+        given, unit = [*self.seen.inputs, *self.cotangents], coarsest(self.level.graph)
+        found, verdict = verify_code(ours, reference, given, "a gradient of a module", unit)
+        if self.watch.verdict in (None, SAME) or verdict.is_wrong:
+            self.watch.found(verdict)
+        if not (verdict.is_wrong and torch.is_grad_enabled()):
+            return found
+        return self.as_written()
 
-def _pulled_back(
-    watch: Watch,
-    level: Level,
-    seen: Seen,
-    given: Sequence[Cotangent],
-    needed: Sequence[int],
-    own: list[Any],
-    cotangents: Sequence[Tensor],
-) -> list[Any]:
-    create_graph = torch.is_grad_enabled()
-    with _as_then(seen.start), torch.enable_grad(), without_fused_kernels(), levels_restored():
-        ends = _ends(watch, level, given, own)
-        seeds = iter(cotangents)
-        pairs = [
-            (end, next(seeds))
-            for end, kind in zip(ends, given, strict=False)
-            if kind is Cotangent.GIVEN
-        ]
-        pairs = [(end, seed) for end, seed in pairs if end.requires_grad]
-        if not pairs:
-            return [None] * len(needed)
-        return list(
-            torch.autograd.grad(
-                [end for end, _ in pairs],
-                [own[i] for i in needed],
-                [seed for _, seed in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
+    def as_written(self) -> list[Any]:
+        """Return autograd's gradients, for another derivative too."""
+        own = [x.view_as(x) if isinstance(x, Tensor) else x for x in self.inputs]
+        for i in self.needed:
+            if not own[i].requires_grad:
+                own[i] = own[i].detach().requires_grad_()
+        return self._of(own, self.cotangents)
+
+    def _of(self, own: list[Any], cotangents: Sequence[Tensor]) -> list[Any]:
+        """Return the gradients at other inputs, for other cotangents."""
+        create_graph, start = torch.is_grad_enabled(), self.seen.start
+        with _as_then(start), torch.enable_grad(), without_fused_kernels(), levels_restored():
+            seeds = iter(cotangents)
+            pairs = [
+                (end, next(seeds))
+                for end, kind in zip(self._ends(own), self.given, strict=False)
+                if kind is Cotangent.GIVEN
+            ]
+            pairs = [(end, seed) for end, seed in pairs if end.requires_grad]
+            if not pairs:
+                return [None] * len(self.needed)
+            return list(
+                torch.autograd.grad(
+                    [end for end, _ in pairs],
+                    [own[i] for i in self.needed],
+                    [seed for _, seed in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
             )
-        )
 
-
-def _ends(
-    watch: Watch, level: Level, given: Sequence[Cotangent], own: Sequence[Any]
-) -> Sequence[Any]:
-    """Return outputs and residuals; the module's own outputs where no residual has a cotangent."""
-    if level is watch.base and all(
-        kind is not Cotangent.GIVEN for kind in given[level.n_outputs :]
-    ):
-        # It writes to its state.
-        return list(without_checkpoints(watch.captured)(*(_copied(x) for x in own)))
-    outputs, residuals = run_and_keep(level.graph, level.residuals, own)
-    return [*outputs[: level.n_outputs], *residuals]
+    def _ends(self, own: Sequence[Any]) -> Sequence[Any]:
+        """Return outputs and residuals; the module's own outputs where no residual has a
+        cotangent."""
+        level, n_outputs = self.level, self.level.n_outputs
+        of_residuals = self.given[n_outputs:]
+        if level is self.watch.base and Cotangent.GIVEN not in of_residuals:
+            # It writes to its state.
+            return list(without_checkpoints(self.watch.captured)(*map(_copied, own)))
+        outputs, residuals = run_and_keep(level.graph, level.residuals, own)
+        return [*outputs[:n_outputs], *residuals]
 
 
 def _copied(x: Any) -> Any:
