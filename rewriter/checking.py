@@ -53,7 +53,7 @@ def check_step(
         plain, wide = as_written(inputs), as_written([widened(x) for x in inputs])
         names = names_of(rewritten, value_only=value_only)
         found = worst(from_exact(names, ours, plain, wide))
-        if found is None or pytorch_is_wrong(rewritten, inputs, ours, plain):
+        if found is None or pytorch_is_wrong(rewritten, inputs, ours, plain, start):
             return
         stage = "compiled code"
         for number in range(0 if value_only else len(rewritten.stages)):

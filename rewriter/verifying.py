@@ -158,7 +158,7 @@ def _verdict(
     found = differs(names, ours, plain, as_written, inputs, unit)
     if found is None:
         return SAME
-    if decided := pytorch_is_wrong(rewritten, inputs, ours, plain):
+    if decided := pytorch_is_wrong(rewritten, inputs, ours, plain, start):
         return Verdict(False, f"{found}, and it is PyTorch's that is wrong: {decided}", told=True)
     return _wrong(rewritten, inputs, str(found))
 
@@ -329,7 +329,7 @@ def _shaken(x: Any, source: torch.Generator, least: float) -> Any:
 
 
 def pytorch_is_wrong(
-    rewritten: Rewritten, inputs: Sequence[Any], ours: Run, plain: Run
+    rewritten: Rewritten, inputs: Sequence[Any], ours: Run, plain: Run, start: Generators
 ) -> str | None:
     """Return by which numbers PyTorch's derivatives are wrong and ours right; None if that is not
     so, or not decided.
@@ -343,14 +343,15 @@ def pytorch_is_wrong(
         inputs: Those that it was run on.
         ours: What it gave.
         plain: What PyTorch gave.
+        start: Where the random generators were before each of the two.
     """
     wide = [judge.widened(x) for x in inputs]
     try:
-        if decided := _by_formulas(rewritten, inputs, ours):
+        if decided := _by_formulas(rewritten, inputs, ours, start):
             return decided
         pairs = zip(ours.values, plain.values, strict=True)
         if all(is_near(mine, judge.widened(theirs)) for mine, theirs in pairs):
-            return _by_differences_of_the_loss(rewritten, wide, ours, plain)
+            return _by_differences_of_the_loss(rewritten, wide, ours, plain, start)
         return _by_differences_inside(rewritten, wide, ours)
     # An operator that float64 is no input of is no case for finite differences either.
     except (judge.Undecided, RuntimeError):
@@ -358,13 +359,12 @@ def pytorch_is_wrong(
 
 
 def _by_differences_of_the_loss(
-    rewritten: Rewritten, wide: Sequence[Any], ours: Run, plain: Run
+    rewritten: Rewritten, wide: Sequence[Any], ours: Run, plain: Run, start: Generators
 ) -> str | None:
     """Decide about gradients of a value that both agree on; not where the loss says that its
     gradient is another one."""
     if not ours.grads or has_stops(rewritten):
         return None
-    start = Generators.now()
 
     def value(moved: Sequence[Any]) -> Tensor:
         start.set()
@@ -400,7 +400,9 @@ def has_stops(rewritten: Rewritten) -> bool:
     return not read.isdisjoint(stops)
 
 
-def _by_formulas(rewritten: Rewritten, inputs: Sequence[Any], ours: Run) -> str | None:
+def _by_formulas(
+    rewritten: Rewritten, inputs: Sequence[Any], ours: Run, start: Generators
+) -> str | None:
     """Decide by PyTorch's autograd on the formulas of layers that it has derivatives of its own
     for."""
     captured = written_out(rewritten.captured)
@@ -413,7 +415,6 @@ def _by_formulas(rewritten: Rewritten, inputs: Sequence[Any], ours: Run) -> str 
         start.set()
         return plain_run(rewritten, given, value_only=not ours.grads, captured=captured)
 
-    start = Generators.now()
     reference = by_formula(inputs)
     names = names_of(rewritten, value_only=not ours.grads)
     unit = coarsest(rewritten.derivative)

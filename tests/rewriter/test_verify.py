@@ -188,6 +188,17 @@ def test_where_pytorch_is_wrong(
     optimize_nested(loss, backend="eager", check=True)(module, points())
 
 
+def test_the_judge_draws_what_was_drawn(caplog: pytest.LogCaptureFixture) -> None:
+    """It judges two runs that have begun at the same numbers, with dropout too."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 1)
+    loss = optimize_nested(score_matching, backend="eager")
+    with caplog.at_level(logging.WARNING, logger="optimize_nested"):
+        loss(nn.Sequential(*layers).double(), points())
+    assert "it is PyTorch's that is wrong" in caplog.text
+    assert not loss.steps[0].verdict.is_wrong
+
+
 def reflectors(scale: nn.Module, x: Tensor) -> Tensor:
     def of(a: Tensor) -> Tensor:
         return torch.linalg.householder_product(a, a[0]).sum()
