@@ -382,7 +382,7 @@ def _rewritten(sample: Sample, strategy: str) -> tuple[Outcome, OptimizedLoss, s
     """Run the rewritten loss; return what it leaves, the decorated loss and why it ran as
     written."""
     torch._dynamo.reset()
-    loss = optimize_nested(make_loss(sample), backend="eager", strategy=strategy)
+    loss = optimize_nested(make_loss(sample), backend="eager", strategy=strategy, verify=False)
     with contextlib.ExitStack() as stack:
         if strategy != "auto":  # the loss as written is a candidate beside the form asked for
             stack.enter_context(patch.object(choose, "evaluated", lambda flops, sizes: sys.maxsize))
@@ -426,14 +426,22 @@ def _directional_error(sample: Sample, mine: Outcome) -> float:
     return min(errors)
 
 
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "logcumsumexp": lambda x, dim: x.exp().cumsum(dim).log(),
+}
+"""Formulas that are the reference in place of operators whose second derivatives PyTorch has to
+eight digits only."""
+
+
 def run_sample(name: str, sample: Sample, strategies: Sequence[str]) -> Result:
     """Compare a sample, by each of the strategies in turn, with the loss as written."""
     refusal = ""
     reference = None
+    function = PLAIN.get(name, sample.function)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reference = _run(make_loss(sample), sample)
+            reference = _run(make_loss(dataclasses.replace(sample, function=function)), sample)
         if not _is_finite(reference):
             return Result(name, SKIPPED, (), "not finite as written")
     except _Nothing as nothing:
