@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.reach import names_in
+
 MOST_OBJECTS = 20_000
 _PLAIN = (str, bytes, bytearray, int, float, complex, torch.dtype, torch.device, type(None))
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
@@ -130,7 +132,7 @@ def _read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     # Python itself does not mind more defaults than there are arguments; they belong to the last.
     yield from zip(reversed(own), reversed(defaults), strict=False)
     yield from (function.__kwdefaults__ or {}).items()
-    names = list(dict.fromkeys(_names_in(code)))
+    names = names_in(code)
     for name in names:
         value = function.__globals__.get(name)
         if not isinstance(value, types.ModuleType):
@@ -144,13 +146,6 @@ def _contents(name: str, cell: types.CellType) -> Iterator[tuple[str, Any]]:
         yield name, cell.cell_contents
     except ValueError:  # not assigned yet
         return
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
 
 
 def _is_users(path: str | None) -> bool:

@@ -204,16 +204,18 @@ def _outer(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:
             continue  # not assigned yet
-    mentioned = _names_in(function.__code__)
+    mentioned = names_in(function.__code__)
     yield from ((n, function.__globals__[n]) for n in mentioned if n in function.__globals__)
     for position, value in enumerate(function.__defaults__ or ()):
         yield f"default {position}", value
     yield from (function.__kwdefaults__ or {}).items()
 
 
-def _names_in(code: types.CodeType) -> list[str]:
+def names_in(code: types.CodeType) -> list[str]:
+    """Return the names of attributes and globals that code, or a function written inside of it,
+    mentions; each once."""
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return list(dict.fromkeys([*code.co_names, *(n for c in inner for n in _names_in(c))]))
+    return list(dict.fromkeys([*code.co_names, *(n for c in inner for n in names_in(c))]))
 
 
 def kind_of(value: Any, free: tuple[int, ...] = ()) -> Any:
