@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 from rewriter import optimize_nested
 from tests.oracle import relative_error
+from tests.rewriter.test_binding import penalty, picky
 
 D = torch.float64
 
@@ -66,18 +67,6 @@ NETWORKS = {
     "convolution": (normed(parametrizations.spectral_norm, convolution), (5, 2, 3)),
     "linear, by hooks": (normed(spectral_norm, linear), (5, 2, 4)),
 }
-
-
-def penalty(net: Any, x: Tensor) -> Tensor:
-    p = x.detach().requires_grad_()
-    u = net(p)
-    (g,) = torch.autograd.grad(u.sum(), p, create_graph=True)
-    return g.square().sum() + u.square().sum()
-
-
-def picky(net: Any, x: Tensor) -> Tensor:
-    value = penalty(net, x)
-    return value if not torch.any(torch.isnan(value)) else value * 0
 
 
 def plain(f: Any) -> Any:

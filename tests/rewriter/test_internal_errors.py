@@ -54,17 +54,24 @@ def gradients(loss: Callable[..., Any], net: nn.Module, x: Tensor) -> tuple[Any,
     return value, *grad(value.sin().sum(), list(net.parameters()), allow_unused=True)
 
 
+def in_three_steps(ours: Callable[[Tensor], Any], as_written: Callable[[Tensor], Any]) -> str:
+    """Compare three steps, of two sizes; return the one warning that there has to be."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for x in (X, X, X[:2]):
+            torch.testing.assert_close(ours(x), as_written(x), rtol=1e-9, atol=1e-12)
+    (said,) = (str(w.message) for w in given if w.category is NestedGradientWarning)
+    return said
+
+
 def both(
     loss: Any, as_written: Callable[..., Any], net: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> str:
     """Make three steps, of two sizes; return the one warning that there has to be."""
     caplog.set_level(logging.WARNING, "optimize_nested")
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        for x in (X, X, X[:2]):
-            ours, expected = gradients(loss, net, x), gradients(as_written, net, x)
-            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
-    (said,) = (str(w.message) for w in given if w.category is NestedGradientWarning)
+    said = in_three_steps(
+        lambda x: gradients(loss, net, x), lambda x: gradients(as_written, net, x)
+    )
     assert "a fault of ours" in said
     (record,) = (r.getMessage() for r in caplog.records)
     folder = re.search(r"with (\S+?)[;,.]?(\s|$)", record)
@@ -168,12 +175,9 @@ def test_a_fault_in_a_module(
         monkeypatch.setattr(owner, name, fail)
     optimize_nested(net, backend="eager", dynamic=True)
     caplog.set_level(logging.WARNING, "optimize_nested")
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        for x in (X, X, X[:2]):
-            ours, expected = gradients(penalty, net, x), gradients(penalty, plain, x)
-            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
-    (said,) = (str(w.message) for w in given if w.category is NestedGradientWarning)
+    said = in_three_steps(
+        lambda x: gradients(penalty, net, x), lambda x: gradients(penalty, plain, x)
+    )
     assert "a fault of ours" in said and "runs as written from now on" in said
     assert len(caplog.records) == 1
 
