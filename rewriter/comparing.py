@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rewriter.generators import Generators
+from rewriter.judge import widened
 
 WIDE = (torch.float64, torch.complex128)
 # Of the size of a tensor, in units of its last place: what is rounding for sure.
@@ -163,8 +164,8 @@ def _is_inexact(x: Tensor) -> bool:
 
 
 def _wide(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x.to(torch.complex128) if x.is_complex() else x.double()
+    x = widened(x)
+    return x if x.is_complex() else x.double()
 
 
 def _finite(x: Tensor) -> Tensor:
