@@ -349,8 +349,9 @@ class _LevelFunction(torch.autograd.Function):
         if is_inside_transform():
             return tuple(grads)
         for index in zeros:
-            if index < len(needed) and needed[index] in compiled.level.residual_inputs:
-                like = found[index]
+            # Autograd's, in place of a tower's that were wrong, may be None.
+            like = found[index] if index < len(needed) else None
+            if like is not None and needed[index] in compiled.level.residual_inputs:
                 grads[needed[index] + 1] = torch._efficientzerotensor(
                     like.shape, dtype=like.dtype, device=like.device
                 )
