@@ -340,7 +340,9 @@ class _LevelFunction(torch.autograd.Function):
             found = compiled.rescued(error, ctx, given, needed, dense)
         else:
             if ctx.seen is not None:
-                found = compiled.compared(ctx, given, needed, dense, found)
+                right = compiled.compared(ctx, given, needed, dense, found)
+                if right is not found:  # autograd's: what is zero in the graph need not be
+                    found, zeros = right, frozenset()
         grads: list[Any] = list(none)
         for position, grad in zip(needed, found, strict=True):
             grads[position + 1] = grad
@@ -349,9 +351,8 @@ class _LevelFunction(torch.autograd.Function):
         if is_inside_transform():
             return tuple(grads)
         for index in zeros:
-            # Autograd's, in place of a tower's that were wrong, may be None.
-            like = found[index] if index < len(needed) else None
-            if like is not None and needed[index] in compiled.level.residual_inputs:
+            if index < len(needed) and needed[index] in compiled.level.residual_inputs:
+                like = found[index]
                 grads[needed[index] + 1] = torch._efficientzerotensor(
                     like.shape, dtype=like.dtype, device=like.device
                 )
