@@ -26,7 +26,7 @@ from rewriter.chain import base_of
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
 from rewriter.flatten import flatten
-from rewriter.modes import through_modes
+from rewriter.modes import set_aside_here, through_modes
 from rewriter.numbers import keep_numbers
 from rewriter.options import Options
 from rewriter.rewrite import check_differentiability
@@ -170,7 +170,7 @@ class Tower:
         if self._unchecked:
             self._unchecked = False
             check_layer(self.captured, self.base, inputs, self.base.level.wanted, self.base.updated)
-        if self._uncompared:
+        if self._uncompared and (False in self._uncompared or value_only.get()):
             self._compare(inputs)
         if self.watch.is_wrong:
             return run_in_place(self.captured, inputs, value_only=value_only.get())
@@ -195,7 +195,7 @@ class Tower:
         """
         level = self.base.level
         is_value = value_only.get() or not any(inputs[i].requires_grad for i in level.wanted)
-        if is_value not in self._uncompared or is_observed():
+        if is_value not in self._uncompared or is_observed() or set_aside_here():
             return
         run: Any = (lambda *own: self.base.value(own)) if is_value else self.base
         found = verify_layer(
