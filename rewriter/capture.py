@@ -74,6 +74,7 @@ from rewriter.errors import (
 )
 from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
+from rewriter.iterated import as_tuple, with_tuples
 from rewriter.logs import appended_later
 from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
@@ -183,12 +184,14 @@ def _proxy_arguments(args: Any, kwargs: Any) -> tuple[tuple, dict]:
 def _handle_autograd_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
     """Put `torch.autograd.grad` into the graph as one node."""
     inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+    inputs = inputs and inputs.realize()
     keys = None
-    if isinstance(inputs, ConstDictVariable):
+    if isinstance(inputs, ConstDictVariable) and inputs.python_type() is dict:
         keys = list(inputs.items)
         flat = TupleVariable(list(inputs.items.values()))
         args = (args[0], flat, *args[2:]) if len(args) > 1 else args
         kwargs = kwargs if len(args) > 1 else {**kwargs, "inputs": flat}
+    args, kwargs = with_tuples(tx, args, kwargs)
     proxy = tx.output.create_proxy(
         "call_function", torch.autograd.grad, *_proxy_arguments(args, kwargs)
     )
@@ -247,9 +250,9 @@ def _trace_backward(
     if inputs is None or inputs.is_python_constant():
         inputs = TupleVariable(_all_leaves(trace, tx))
     arguments = [
-        tensors,
-        TupleVariable([inputs]) if isinstance(inputs, TensorVariable) else inputs,
-        gradient or grad_tensors or ConstantVariable.create(None),
+        as_tuple(tx, tensors),
+        TupleVariable([inputs]) if isinstance(inputs, TensorVariable) else as_tuple(tx, inputs),
+        as_tuple(tx, gradient or grad_tensors or ConstantVariable.create(None)),
         create_graph or ConstantVariable.create(False),
     ]
     substitute = VariableTracker.build(tx, accumulate_gradients)
