@@ -72,6 +72,7 @@ from rewriter.errors import (
     OptimizeNestedError,
     OptionError,
 )
+from rewriter.flags import set_requires_grad
 from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
 from rewriter.iterated import as_tuple, with_tuples
@@ -172,11 +173,6 @@ class Trace:
         raise CaptureError(reason)
 
 
-def set_requires_grad(x: Tensor, requires_grad: bool) -> Tensor:
-    """Do what ``x.requires_grad_(requires_grad)`` does; one node of the captured graph."""
-    return x.requires_grad_(requires_grad)
-
-
 def _proxy_arguments(args: Any, kwargs: Any) -> tuple[tuple, dict]:
     return tuple(a.as_proxy() for a in args), {k: v.as_proxy() for k, v in kwargs.items()}
 
@@ -218,6 +214,20 @@ def _requires_grad_(self: TensorVariable, tx: Any, requires_grad: Any = True) ->
             if effects.is_attribute_mutation(self):
                 effects.store_attr(self, "grad", ConstantVariable.create(None))
     return self
+
+
+def _leaf_made(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a tensor, then a leaf of it: ``torch.rand(n, requires_grad=True)``."""
+
+    def call(self: Any, tx: Any, *args: Any) -> Any:
+        *given, kwargs = args
+        flag = kwargs.get("requires_grad")
+        if flag is None or not flag.is_python_constant() or not flag.as_python_constant():
+            return original(self, tx, *args)
+        made = original(self, tx, *given, {k: v for k, v in kwargs.items() if v is not flag})
+        return _requires_grad_(made, tx, True)
+
+    return call
 
 
 def _leaves_of(tx: Any) -> list[TensorVariable]:
@@ -676,6 +686,11 @@ def capturing(
             stack.enter_context(replaced(kind, "call_function", call))
         draws = _noting_draws(user_defined.call_random_fn)
         stack.enter_context(replaced(user_defined, "call_random_fn", draws))
+        for kind, name in (
+            (TorchInGraphFunctionVariable, "call_function"),
+            (TensorVariable, "call_method"),
+        ):
+            stack.enter_context(replaced(kind, name, _leaf_made(getattr(kind, name))))
         held = _method_of_random(RandomVariable.call_method, trace)
         stack.enter_context(replaced(RandomVariable, "call_method", held))
         if hasattr(symbolic_convert, "is_stdlib"):

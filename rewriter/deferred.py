@@ -31,6 +31,7 @@ from rewriter.background import Job, queue
 from rewriter.capture import DERIVATIVES, example_of, source_name
 from rewriter.choose import sole_choice
 from rewriter.codegen import Settings, has_compiler, keeps_code
+from rewriter.flags import begin_with_all_on
 from rewriter.flatten import Flat
 from rewriter.forms import Candidate, Form, written_out
 from rewriter.modes import through_modes
@@ -67,6 +68,7 @@ def step_for(
         function: The loss's name.
         may_wait: Whether the form may come later.
     """
+    begin_with_all_on(captured)
     if may_wait and _takes_long(captured, options):
         with contextlib.suppress(CannotPack):
             return Deferred(captured, options, function)

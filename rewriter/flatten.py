@@ -43,7 +43,7 @@ class Flat:
         module: ``inputs → (*outputs, *new values)``.
         n_outputs: How many results are the loss's own.
         updated: Positions of the inputs that the remaining results are to be written to.
-        promoted: Positions of the inputs on which the loss calls ``requires_grad_()``.
+        promoted: Positions of the inputs that the loss makes require grad, and leaves so.
     """
 
     module: GraphModule

@@ -25,6 +25,7 @@ from rewriter.capture import compile_function, is_observed, is_traced
 from rewriter.chain import base_of
 from rewriter.checking import check_layer
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
+from rewriter.flags import begin_with_all_on, left_off
 from rewriter.flatten import flatten
 from rewriter.modes import set_aside_here, through_modes
 from rewriter.numbers import keep_numbers
@@ -142,6 +143,9 @@ class Tower:
 
     def __init__(self, captured: GraphModule, options: Options, name: str) -> None:
         keep_numbers(captured)
+        begin_with_all_on(captured)
+        if left_off(captured):
+            raise CaptureError("requires_grad is switched off on an input of a module, and left so")
         flat = flatten(captured)
         as_written = measure(captured, flat.promoted)
         wanted = as_written.wanted

@@ -31,8 +31,9 @@ from passes.markers import (
 from passes.tracing import values_unknown
 from rewriter import nesting
 from rewriter.as_written import is_checkpoint
-from rewriter.capture import example_of, set_requires_grad
+from rewriter.capture import FROM_DATA, example_of
 from rewriter.errors import CaptureError, NeedsNumber
+from rewriter.flags import left_on, set_requires_grad
 from rewriter.memory import Memory, is_renormalising, requires_grad, written_by
 from rewriter.numbers import is_number
 from rewriter.recurrent import KINDS, layer_by_layer
@@ -76,16 +77,11 @@ class Marking(Interpreter):
         self.enabled_outside = True
         self.inside: set[Node] = set()
         self.memory = Memory(captured.graph)
-        inputs = placeholders(captured.graph)
-        changed = {
-            node.args[0]
-            for node in captured.graph.find_nodes(op="call_function", target=set_requires_grad)
-        }
         switches = captured.graph.find_nodes(op="call_function", target=set_requires_grad)
-        self.switched = any(not node.args[1] for node in switches)
-        self.promoted = tuple(i for i, node in enumerate(inputs) if node in changed)
-        self.promoted_nodes = {inputs[i] for i in self.promoted}
-        self.raw: dict[Node, Any] = {}
+        # What a node requires at present, if that changes; an example has the flag of the end.
+        self.flags: dict[Node, bool] = {node.args[0]: False for node in switches}
+        self.promoted = left_on(captured)
+        self.leaves: dict[Node, tuple[Any, Node]] = {}
         self.renormalised: set[Node] = set()
         self.handlers: dict[Any, Callable[..., Any]] = {
             torch.autograd.grad: self._autograd_grad,
@@ -133,9 +129,9 @@ class Marking(Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
         node = self.node_running
-        if node in self.promoted_nodes:
+        if node in self.flags:
             # What is computed from the input before `requires_grad_()` does not carry its gradient.
-            self.raw[node] = value
+            self.leaves[node] = value, node
             return stop_mark(value)
         return value
 
@@ -146,7 +142,7 @@ class Marking(Interpreter):
         ):
             with set_current_meta(n):
                 return self._set_requires_grad(n)
-        if not self.grad_enabled and _writes_to_differentiable(n):
+        if not self.grad_enabled and self._writes_to_differentiable(n):
             raise CaptureError(
                 "an in-place write under no_grad to a tensor that requires grad", where(n)
             )
@@ -175,7 +171,7 @@ class Marking(Interpreter):
             return
         self.enabled_outside = self.grad_enabled
         for read in self.inside.intersection(node.all_input_nodes):
-            if not requires_grad(example_of(read)):
+            if not self._requires_grad(read):
                 self.env[read] = pytree.tree_map_only(Tensor, _stopped, self.env[read])
                 self.memory.add(read, copied=True)
             self.inside.discard(read)
@@ -183,11 +179,37 @@ class Marking(Interpreter):
     def _stops(self, node: Node) -> bool:
         """Whether a gradient that comes into a node does not leave it."""
         if self.grad_enabled:
-            return self.depth == 0 and _is_cut(node)
+            return self.depth == 0 and self._is_cut(node)
         # A stop is a copy: where nothing comes in, the memory is better shared as it is as written.
-        return self.switched or any(requires_grad(example_of(n)) for n in node.all_input_nodes)
+        return any(map(self._requires_grad, node.all_input_nodes))
+
+    def _requires_grad(self, node: Node) -> bool:
+        """Whether the value of a node carries a gradient at present."""
+        flag = self.flags.get(node)
+        return requires_grad(example_of(node)) if flag is None else flag
+
+    def _is_cut(self, node: Node) -> bool:
+        """Whether autograd, run by Dynamo on fake tensors, found no gradient to pass where one
+        comes in."""
+        out = example_of(node)
+        if not isinstance(out, Tensor) or out.requires_grad or not out.dtype.is_floating_point:
+            return False
+        return any(
+            getattr(example_of(read), "requires_grad", False)
+            if read not in self.flags
+            else self.flags[read]
+            for read in node.all_input_nodes
+        )
+
+    def _writes_to_differentiable(self, node: Node) -> bool:
+        if is_renormalising(node):
+            return False  # it has no derivative, under `no_grad` or not
+        return any(map(self._requires_grad, written_by(node)))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in FROM_DATA and not self.node_running.all_input_nodes:
+            # Else it is a view, and a stop, of a constant: what is added to it would stop there.
+            return super().call_function(target, args, kwargs).clone()
         handler = self.handlers.get(target)
         if handler is not None:
             return handler(*args, **kwargs)
@@ -214,7 +236,6 @@ class Marking(Interpreter):
         for shared in (
             "depth",
             "grad_enabled",
-            "switched",
             "vmaps",
             "level_at",
             "duals",
@@ -248,14 +269,16 @@ class Marking(Interpreter):
         source = node.args[0]
         assert isinstance(source, Node)
         flag = node.args[1] if len(node.args) > 1 else node.kwargs.get("requires_grad", True)
-        if source in self.promoted_nodes:
-            if not flag:
-                raise CaptureError("requires_grad is switched off on an input", where(node))
-            self.env[source] = self.raw[source]
+        self.flags[source] = bool(flag)
+        if source in self.leaves and flag:
+            # The same leaf as before: what was computed from it leads to it still.
+            self.env[source], self.memory.owner[source] = self.leaves[source]
         else:
             with values_unknown():
                 self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
             self.memory.add(source, copied=True)
+        if flag and source not in self.leaves:
+            self.leaves[source] = self.env[source], self.memory.owner[source]
         self.memory.add(node, copied=True)
         self.memory.owner[node] = self.memory.owner[source]
         return self.env[source]
@@ -549,20 +572,5 @@ def _stopped(x: Tensor) -> Tensor:
     return stop_mark(x) if _is_float_tensor(x) else x
 
 
-def _is_cut(node: Node) -> bool:
-    """Whether autograd, run by Dynamo on fake tensors, found no gradient to pass where one comes
-    in."""
-    out = example_of(node)
-    if not isinstance(out, Tensor) or out.requires_grad or not out.dtype.is_floating_point:
-        return False
-    return any(getattr(example_of(read), "requires_grad", False) for read in node.all_input_nodes)
-
-
 # What returns a copy here, and as written the tensor itself or a part of it.
 _COPIES = {_AUTOGRAD._get_data_attr}
-
-
-def _writes_to_differentiable(node: Node) -> bool:
-    if is_renormalising(node):
-        return False  # it has no derivative, under `no_grad` or not
-    return any(getattr(example_of(w), "requires_grad", False) for w in written_by(node))

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 from passes.graph import copy_graph, placeholders
 from passes.tracing import fake_mode_of
 from rewriter.as_written import numbers_forgotten
-from rewriter.capture import example_of, guards_unmoved, set_requires_grad
+from rewriter.capture import example_of, guards_unmoved
+from rewriter.flags import set_requires_grad
 from rewriter.stateful import levels_restored
 
 # What the passes read of a node; the rest is PyTorch's, and does not all pickle.

@@ -32,6 +32,7 @@ from rewriter.capture import marked_sizes, source_name
 from rewriter.choose import Choice, choose
 from rewriter.detached import detached_derivatives, lost_derivatives
 from rewriter.errors import CaptureError, NotRewritten
+from rewriter.flags import begin_with_all_on
 from rewriter.flatten import Flat, flatten
 from rewriter.numbers import keep_numbers
 from rewriter.options import Options
@@ -161,6 +162,7 @@ def rewrite(captured: GraphModule, options: Options, function: str = "") -> Rewr
 def prepare(captured: GraphModule, options: Options, function: str = "") -> Prepared:
     """Run the pipeline up to the choice of a form; see `rewrite`."""
     keep_numbers(captured)
+    begin_with_all_on(captured)
     stages: list[Stage] = []
     start = time.perf_counter()
     flat = flatten(captured)

@@ -20,6 +20,7 @@ from rewriter.capture import is_observed, is_parameter
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
 from rewriter.errors import NestedGradientWarning, NotRewritten, OptimizeNestedError
+from rewriter.flags import left_off
 from rewriter.generators import Generators, generators_restored
 from rewriter.gradients import (
     Ownership,
@@ -98,6 +99,7 @@ class Step:
         captured = placeholders(rewritten.captured.graph)
         self._parameters = [i for i, x in enumerate(captured) if is_parameter(x)]
         self._hollow, self._promoted = rewritten.as_written.hollow, rewritten.flat.promoted
+        self._left_off = left_off(rewritten.captured)
         self.tensors, self._wanted = _picker(tensors), _picker(roles.wanted)
         self._forward: Compiled | None = None
         self._backward: Compiled | None = None
@@ -148,6 +150,9 @@ class Step:
             return self._run(*inputs)
         except Exception as error:
             return self._rescued(error, inputs)
+        finally:
+            for position in self._left_off:
+                inputs[position].requires_grad_(False)
 
     def _rescued(self, error: Exception, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run the loss as written in place of what has failed; where it runs, the fault is ours,

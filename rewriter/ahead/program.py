@@ -20,6 +20,7 @@ from rewriter.ahead.signature import Call
 from rewriter.ahead.sizes import size_of
 from rewriter.ahead.structure import describe, leaves_in
 from rewriter.errors import CaptureError
+from rewriter.flags import left_off
 from rewriter.naming import named_tensors
 
 
@@ -76,6 +77,8 @@ def build(
     Raises:
         CaptureError: The loss reads, writes or returns something that an artifact cannot hold.
     """
+    if left_off(observed.rewritten.captured):
+        raise CaptureError("the loss leaves requires_grad switched off on an input")
     roles = observed.rewritten.roles
     promoted = observed.rewritten.flat.promoted
     tensors = [(i, x) for i, x in enumerate(observed.inputs) if isinstance(x, Tensor)]
