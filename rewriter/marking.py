@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from passes.decompositions import scaled_mask
 from passes.everywhere import select_scatter
-from passes.graph import placeholders, reaches, where
+from passes.graph import reaches, where
 from passes.markers import (
     NeedsBatchedPoint,
     function_mark,

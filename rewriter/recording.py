@@ -28,8 +28,8 @@ from torch.utils import _pytree as pytree
 from passes.convolutions import any_size_differentiable
 from rewriter import stateful
 from rewriter.as_written import gradients_of
-from rewriter.flags import set_requires_grad
 from rewriter.errors import CaptureError
+from rewriter.flags import set_requires_grad
 from rewriter.generators import Generators
 from rewriter.host_calls import (
     CONSTANTS,
