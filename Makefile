@@ -71,6 +71,7 @@ docs: $(VENV)/.docs ## Build the documentation site into build/site
 conformance: setup ## Compare PyTorch's operator database with eager, into docs/conformance.md
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.conformance
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.degenerate
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.narrowed
 
 .PHONY: wrong
 wrong: setup ## Measure what PyTorch gets wrong, into docs/wrong_in_pytorch.md

@@ -201,6 +201,8 @@ POINTS: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": torch.zeros_like,
     "ones": torch.ones_like,
     "halves": lambda x: torch.full_like(x, 0.5),
+    "large": lambda x: x + torch.where(x < 0, -40.0, 40.0),  # where exponentials saturate
+    "very large": lambda x: x + torch.where(x < 0, -1e4, 1e4),
 }
 
 
@@ -447,7 +449,7 @@ TITLE = "## Three times, at special points"
 
 _ABOUT = """
 Second and third derivatives along a line, decided by a polynomial through values: the operator
-database at its samples, at zeros, ones and halves, and functions of matrices with equal and nearly
+database at its samples, at zeros, ones, halves and large numbers, and functions of matrices with equal and nearly
 equal eigenvalues or low rank, in four forms. Where no polynomial fits (a kink, a pole, a draw)
 nothing is compared. Written by `python -m tests.degenerate`.
 """

@@ -1,0 +1,129 @@
+"""Every entry of PyTorch's databases on tensors of one element, of one row and of none::
+
+    python -m tests.narrowed
+
+writes what became of them to the end of ``docs/conformance.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tests.conformance import (
+    AS_WRITTEN,
+    BEYOND,
+    CRASH,
+    REFUSED,
+    RESULTS,
+    REWRITTEN,
+    SKIPPED,
+    TABLE,
+    WRONG,
+    Result,
+    Sample,
+    entries,
+    row,
+    run_sample,
+    samples_of,
+)
+
+TITLE = "## Of one element, one row and none"
+
+_ABOUT = """
+The loss of the table above, each entry at samples of which every tensor is cut: to nothing along
+its first dimension, to one row, or to one element. What PyTorch does not take so is left out.
+Written by `python -m tests.narrowed`.
+"""
+
+SAMPLES = 6  # that are tried until one can be cut
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "no rows": lambda x: x[:0],
+    "one row": lambda x: x[:1],
+    "one element": lambda x: x[(slice(1),) * x.ndim],
+}
+
+
+def cut(sample: Sample, how: str) -> Sample:
+    """Return a sample whose tensors, but those without dimensions, are cut."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            return x
+        return CUTS[how](x.detach()).clone().requires_grad_(x.requires_grad)
+
+    args, kwargs = pytree.tree_map(one, (sample.args, sample.kwargs))
+    return dataclasses.replace(sample, args=args, kwargs=kwargs)
+
+
+def run_entry(name: str, info: Any, how: str) -> Result:
+    """Compare an entry at the first of its samples that PyTorch takes where it is cut."""
+    result = Result(name, SKIPPED)
+    try:
+        samples = samples_of(info)[:SAMPLES]
+    except Exception:  # no samples on this machine, which the table above says
+        return result
+    for sample in samples:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = run_sample(name, cut(sample, how), ("auto",))
+        if result.result not in (SKIPPED, REFUSED):
+            break
+    return result
+
+
+def page(found: dict[str, dict[str, Result]]) -> str:
+    """Return the section: counts of each cut, and the lines of what is not rewritten."""
+    kinds = [kind for kind in RESULTS if kind not in (SKIPPED, REFUSED)]
+    lines = [f"| cut to | {' | '.join(kinds)} |", f"|---{'|---' * len(kinds)}|"]
+    for how, results in found.items():
+        counts = Counter(result.result for result in results.values())
+        lines.append(f"| {how} | {' | '.join(str(counts[kind]) for kind in kinds)} |")
+    lines += ["", "| entry | result | strategies | reason |", "|---|---|---|---|"]
+    for how, results in found.items():
+        for result in results.values():
+            if result.result in (AS_WRITTEN, WRONG, CRASH):
+                lines.append(row(dataclasses.replace(result, entry=f"{result.entry}: {how}")))
+    return "\n".join(["", TITLE, _ABOUT, *lines, ""])
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run everything and write the section; 1 if anything is wrong or crashed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.narrowed", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run and print these alone")
+    parser.add_argument("--kept", type=Path, help="a file of results, to go on from")
+    options = parser.parse_args(given)
+    known = entries()
+    found: dict[str, dict[str, Result]] = {how: {} for how in CUTS}
+    if options.kept is not None and options.kept.exists():
+        for text in options.kept.read_text().splitlines():
+            how, fields = json.loads(text)
+            found[how][fields[0]] = Result(*fields)
+    work = [(how, name) for name in options.only or known for how in CUTS]
+    for how, name in track([w for w in work if w[1] not in found[w[0]]], "cutting", disable=None):
+        found[how][name] = result = run_entry(name, known[name], how)
+        if options.kept is not None:
+            with options.kept.open("a") as file:
+                file.write(json.dumps([how, dataclasses.astuple(result)]) + "\n")
+        if options.only or result.result in (WRONG, CRASH):
+            print(f"{name}, {how}: {result.result} {result.reason}", flush=True)
+    if not options.only:
+        TABLE.write_text(TABLE.read_text().split("\n" + TITLE, 1)[0] + page(found))
+    bad = [r for results in found.values() for r in results.values() if r.result in (WRONG, CRASH)]
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
