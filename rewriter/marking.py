@@ -312,7 +312,8 @@ class Marking(Interpreter):
     ) -> Tensor:
         """Normalise; in train mode write the running statistics as a step of its own, so that it
         becomes functional."""
-        if not training or running_mean is None or running_var is None:
+        # Nothing has no statistics: PyTorch leaves the running ones as they are.
+        if not training or running_mean is None or running_var is None or x.numel() == 0:
             return torch.nn.functional.batch_norm(
                 x, running_mean, running_var, weight, bias, training, momentum, eps
             )

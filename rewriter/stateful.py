@@ -235,7 +235,7 @@ def batch_norm(
         return _scaled(normal, weight, bias, shape)
     dims = [0, *range(2, input.dim())]
     normal, mean, variance = _normalized(input, dims, eps)
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and input.numel() > 0:
         n = input.numel() // input.shape[1]
         if n == 1:
             raise ValueError(f"Expected more than 1 value per channel, got {tuple(input.shape)}")

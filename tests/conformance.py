@@ -522,8 +522,11 @@ def run_entry(name: str, info: Any, most: int = SAMPLES) -> Result:
 # All entries
 
 
-def _serve(connection: Connection) -> None:
-    """Answer names of entries with results, in a process of its own."""
+Runner = Callable[[str, dict[str, Any]], Result]
+
+
+def _serve(connection: Connection, run: Runner) -> None:
+    """Answer names with results, in a process of its own."""
     torch.set_num_threads(1)
     known = entries()
     connection.send(None)
@@ -531,16 +534,16 @@ def _serve(connection: Connection) -> None:
         name = connection.recv()
         if name is None:
             return
-        connection.send(run_entry(name, known[name]))
+        connection.send(run(name, known))
 
 
 class _Worker:
     """A process that can be given up on."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Runner) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, run), daemon=True)
         self.process.start()
         theirs.close()
         self.name: str | None = None
@@ -557,11 +560,24 @@ class _Worker:
         self.connection.close()
 
 
-def run_all(names: Sequence[str], jobs: int, done: Callable[[Result], None]) -> list[Result]:
-    """Run entries in worker processes; one that hangs or dies is a result like any other."""
+def _run_known(name: str, known: dict[str, Any]) -> Result:
+    return run_entry(name, known[name])
+
+
+def run_all(
+    names: Sequence[str], jobs: int, done: Callable[[Result], None], run: Runner = _run_known
+) -> list[Result]:
+    """Run entries in worker processes; one that hangs or dies is a result like any other.
+
+    Args:
+        names: What to run.
+        jobs: How many processes.
+        done: Called with each result.
+        run: A module's function, which takes a name and all entries.
+    """
     waiting = list(names)
     results: dict[str, Result] = {}
-    workers = [_Worker() for _ in range(min(jobs, len(waiting)))]
+    workers = [_Worker(run) for _ in range(min(jobs, len(waiting)))]
 
     def finished(result: Result) -> None:
         results[result.entry] = result
@@ -587,7 +603,7 @@ def run_all(names: Sequence[str], jobs: int, done: Callable[[Result], None]) -> 
                 if worker.name is not None:
                     finished(Result(worker.name, CRASH, (), lost, 0))
                 worker.end()
-                workers[index] = worker = _Worker()
+                workers[index] = worker = _Worker(run)
             if worker.ready and worker.name is None and waiting:
                 worker.give(waiting.pop(0))
     for worker in workers:

@@ -449,9 +449,9 @@ TITLE = "## Three times, at special points"
 
 _ABOUT = """
 Second and third derivatives along a line, decided by a polynomial through values: the operator
-database at its samples, at zeros, ones, halves and large numbers, and functions of matrices with equal and nearly
-equal eigenvalues or low rank, in four forms. Where no polynomial fits (a kink, a pole, a draw)
-nothing is compared. Written by `python -m tests.degenerate`.
+database at its samples, at zeros, ones, halves and large numbers, and functions of matrices with
+equal and nearly equal eigenvalues or low rank, in four forms. Where no polynomial fits (a kink, a
+pole, a draw) nothing is compared. Written by `python -m tests.degenerate`.
 """
 
 

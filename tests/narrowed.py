@@ -17,17 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tests.conformance import (
     AS_WRITTEN,
-    BEYOND,
     CRASH,
     REFUSED,
     RESULTS,
-    REWRITTEN,
     SKIPPED,
     TABLE,
     WRONG,
@@ -35,6 +33,7 @@ from tests.conformance import (
     Sample,
     entries,
     row,
+    run_all,
     run_sample,
     samples_of,
 )
@@ -68,34 +67,37 @@ def cut(sample: Sample, how: str) -> Sample:
     return dataclasses.replace(sample, args=args, kwargs=kwargs)
 
 
-def run_entry(name: str, info: Any, how: str) -> Result:
-    """Compare an entry at the first of its samples that PyTorch takes where it is cut."""
+def run_cut(label: str, known: dict[str, Any]) -> Result:
+    """Compare an entry at the first of its samples that PyTorch takes where it is cut.
+
+    Args:
+        label: The entry's name, a colon, and one of `CUTS`.
+        known: All entries.
+    """
+    name, how = label.rsplit(": ", 1)
     result = Result(name, SKIPPED)
     try:
-        samples = samples_of(info)[:SAMPLES]
+        samples = samples_of(known[name])[:SAMPLES]
     except Exception:  # no samples on this machine, which the table above says
-        return result
+        samples = []
     for sample in samples:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = run_sample(name, cut(sample, how), ("auto",))
         if result.result not in (SKIPPED, REFUSED):
             break
-    return result
+    return dataclasses.replace(result, entry=label)
 
 
-def page(found: dict[str, dict[str, Result]]) -> str:
+def page(results: Sequence[Result]) -> str:
     """Return the section: counts of each cut, and the lines of what is not rewritten."""
     kinds = [kind for kind in RESULTS if kind not in (SKIPPED, REFUSED)]
     lines = [f"| cut to | {' | '.join(kinds)} |", f"|---{'|---' * len(kinds)}|"]
-    for how, results in found.items():
-        counts = Counter(result.result for result in results.values())
+    for how in CUTS:
+        counts = Counter(r.result for r in results if r.entry.endswith(f": {how}"))
         lines.append(f"| {how} | {' | '.join(str(counts[kind]) for kind in kinds)} |")
     lines += ["", "| entry | result | strategies | reason |", "|---|---|---|---|"]
-    for how, results in found.items():
-        for result in results.values():
-            if result.result in (AS_WRITTEN, WRONG, CRASH):
-                lines.append(row(dataclasses.replace(result, entry=f"{result.entry}: {how}")))
+    lines += [row(result) for result in results if result.result in (AS_WRITTEN, WRONG, CRASH)]
     return "\n".join(["", TITLE, _ABOUT, *lines, ""])
 
 
@@ -104,25 +106,30 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.narrowed", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run and print these alone")
     parser.add_argument("--kept", type=Path, help="a file of results, to go on from")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
     options = parser.parse_args(given)
-    known = entries()
-    found: dict[str, dict[str, Result]] = {how: {} for how in CUTS}
+    found: dict[str, Result] = {}
     if options.kept is not None and options.kept.exists():
-        for text in options.kept.read_text().splitlines():
-            how, fields = json.loads(text)
-            found[how][fields[0]] = Result(*fields)
-    work = [(how, name) for name in options.only or known for how in CUTS]
-    for how, name in track([w for w in work if w[1] not in found[w[0]]], "cutting", disable=None):
-        found[how][name] = result = run_entry(name, known[name], how)
-        if options.kept is not None:
-            with options.kept.open("a") as file:
-                file.write(json.dumps([how, dataclasses.astuple(result)]) + "\n")
-        if options.only or result.result in (WRONG, CRASH):
-            print(f"{name}, {how}: {result.result} {result.reason}", flush=True)
+        kept = [Result(*json.loads(text)) for text in options.kept.read_text().splitlines()]
+        found = {result.entry: result for result in kept}
+    work = [f"{name}: {how}" for name in options.only or entries() for how in CUTS]
+    with Progress() as progress:
+        task = progress.add_task("cut", total=len(work), completed=len(found))
+
+        def done(result: Result) -> None:
+            found[result.entry] = result
+            progress.advance(task)
+            if options.kept is not None:
+                with options.kept.open("a") as file:
+                    file.write(json.dumps(dataclasses.astuple(result)) + "\n")
+            if options.only or result.result in (WRONG, CRASH):
+                progress.console.print(f"{result.entry}: {result.result} {result.reason}")
+
+        run_all([label for label in work if label not in found], options.jobs, done, run_cut)
+    results = [found[label] for label in work]
     if not options.only:
-        TABLE.write_text(TABLE.read_text().split("\n" + TITLE, 1)[0] + page(found))
-    bad = [r for results in found.values() for r in results.values() if r.result in (WRONG, CRASH)]
-    return int(bool(bad))
+        TABLE.write_text(TABLE.read_text().split("\n" + TITLE, 1)[0] + page(results))
+    return int(any(result.result in (WRONG, CRASH) for result in results))
 
 
 if __name__ == "__main__":
