@@ -86,6 +86,15 @@ def test_batch_norm_in_train_mode(
     assert mine.buffers["0.1.num_batches_tracked"] == 1
 
 
+@pytest.mark.parametrize("loss", [by_autograd, by_func])
+def test_batch_norm_of_nothing(loss: Callable[..., Tensor]) -> None:
+    """Statistics are left as they are; the mean of nothing would make them nan for good."""
+    net, x = batch_norm_net(), points()[:0]
+    mine = outcome(optimize_nested(loss, backend="eager"), [net], (x,), {})
+    assert_same(mine, outcome(by_autograd, [batch_norm_net()], (x,), {}))
+    assert torch.equal(mine.buffers["0.1.running_mean"], torch.zeros(4, dtype=x.dtype))
+
+
 def linearized(net: nn.Module, x: Tensor) -> Tensor:
     return torch.func.linearize(net, x)[1](x.sin()).square().sum()
 
