@@ -200,12 +200,23 @@ def _record(
     # A view is right for the strides seen here; what runs later on the graph may bring others.
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+    for node in module.graph.find_nodes(op="get_attr"):
+        _keep_in(mode, node)
     for node in module.graph.nodes:
         node.meta.pop("from_node", None)  # a chain that each trace would copy, one link longer
         if node.target in _OF_A_DIMENSION and _is_of_a_number(node):
             node.target, node.args = torch.ops.aten.alias.default, node.args[:1]
     module.recompile()
     return module
+
+
+def _keep_in(mode: FakeTensorMode, node: Node) -> None:
+    """Give a constant's example value to the mode of the others: make_fx makes one for it alone."""
+    value = value_of(node)
+    if isinstance(value, Tensor) and getattr(value, "fake_mode", None) is not mode:
+        with mode:
+            options = {"dtype": value.dtype, "device": value.device}
+            node.meta["val"] = torch.empty_strided(value.shape, value.stride(), **options)
 
 
 def _writes(node: Node) -> bool:

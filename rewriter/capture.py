@@ -622,6 +622,7 @@ def capturing(
     trace: Trace,
     *,
     specialize_floats: bool = False,
+    fixed_sizes: bool = False,
     inputs: Sequence[str] = (),
     logs: Sequence[str] = (),
 ) -> Iterator[None]:
@@ -631,6 +632,7 @@ def capturing(
         trace: What is wished for, and gets to be known.
         specialize_floats: Build anew for each value of a float argument, where only a Python number
             will do.
+        fixed_sizes: Build anew for each size, where nothing else was asked for.
         inputs: Integers to be inputs of the graph, as Dynamo's expressions for them.
         logs: Lists that are appended to after the graph has run.
     """
@@ -642,6 +644,8 @@ def capturing(
     mend_closing()
     with _lock, contextlib.ExitStack() as stack:
         settings["specialize_float"] = specialize_floats
+        if fixed_sizes:
+            settings |= {"automatic_dynamic_shapes": False, "assume_static_by_default": True}
         settings |= {
             "recompile_limit": MAX_SPECIALISATIONS,
             "reorderable_logging_functions": {print, warnings.warn},

@@ -91,7 +91,7 @@ class Specialising(ABC):
         self.options = options
         self.layers = layers
         self.steps: list[Any] = []
-        self._specialize_floats = self._by_pullbacks = False
+        self._specialize_floats = self._by_pullbacks = self._fixed_sizes = False
         self._may_wait = True
         self._refused = Refusals()
         self._known: list[CaptureError] = []
@@ -163,6 +163,7 @@ class Specialising(ABC):
             return self._capture_in_some_way(args, kwargs)
 
     def _capture_in_some_way(self, args: Any, kwargs: Any) -> Any:
+        with_open_sizes: CaptureError | None = None
         while True:
             try:
                 return self._capture(args, kwargs)
@@ -175,10 +176,23 @@ class Specialising(ABC):
                 self._specialize_floats = True
             except NeedsPullbacks:
                 self._by_pullbacks = True
-            except CaptureError:
-                if not self.budget.close():
+            except CaptureError as refusal:
+                if self.budget.close():
+                    undo_draws()
+                elif self._may_fix_sizes(refusal):
+                    self._fixed_sizes, with_open_sizes = True, refusal
+                    undo_draws()
+                elif with_open_sizes is not None:  # it was not for the sizes
+                    self._fixed_sizes = False
+                    raise with_open_sizes from None
+                else:
                     raise
-                undo_draws()
+
+    def _may_fix_sizes(self, refusal: CaptureError) -> bool:
+        """Whether a capture may have failed for its sizes, which were open: others were captured
+        before, and Dynamo takes what differs for an input from then on."""
+        is_asked = not self._fixed_sizes and self.options.dynamic is None
+        return is_asked and bool(self.steps) and not isinstance(refusal, TooLittleWork)
 
     def _begin_again(self) -> None:
         """Drop all specialisations; where a search for a form has failed, those to come are built
@@ -193,7 +207,10 @@ class Specialising(ABC):
             refuse_switched_off()
         trace = Trace(self._by_pullbacks)
         try:
-            numbers: Any = {"specialize_floats": self._specialize_floats}
+            numbers: Any = {
+                "specialize_floats": self._specialize_floats,
+                "fixed_sizes": self._fixed_sizes,
+            }
             with capturing(trace, **numbers, inputs=self.budget.inputs, logs=self.budget.logs):
                 return self._compiled(*args, **kwargs)
         except Exception as error:
