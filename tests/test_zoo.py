@@ -1,0 +1,38 @@
+"""The zoo: every loss is right, however it is captured, and is captured as it was before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.zoo.row import WAYS, Loss
+from tests.zoo.running import capture_of, compare
+from tests.zoo.table import LOSSES
+
+
+def _param(row: Loss) -> Any:
+    marks: list[Any] = [pytest.mark.slow] if row.is_slow else []
+    if row.differs:
+        marks.append(pytest.mark.xfail(reason=row.differs, strict=True))
+    return pytest.param(row, id=row.name, marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", map(_param, LOSSES))
+def test_losses_of_the_zoo(row: Loss) -> None:
+    wrong, side = compare(row)
+    assert not wrong, "\n".join(wrong)
+    found = capture_of(side)
+    better = WAYS.index(found.way) < WAYS.index(row.way)
+    advice = "better than it was: write this into its row" if better else found.reason
+    assert found.way == row.way, f"{found.way}, and was {row.way}: {advice}"
+
+
+def test_names_are_unique() -> None:
+    names = [row.name for row in LOSSES]
+    assert len(set(names)) == len(names)
+
+
+def test_each_says_what_it_is() -> None:
+    assert all(row.about for row in LOSSES)
