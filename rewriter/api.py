@@ -208,6 +208,7 @@ class OptimizedLoss(Specialising):
             captured=False,
             reason=reason,
             layers=self.layers.reports(),
+            raced=tuple(map(str, self.ways.races)),
             function=self.name,
             spent=self.budget.spent,
             sources=sources_of(place),

@@ -141,28 +141,40 @@ _patched: dict[type, list[Any]] = {}
 _patching = threading.Lock()
 
 
-@contextlib.contextmanager
-def bound(towers: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Let the calls of these modules go to their towers inside the block, in this thread.
-
-    The classes of the modules are changed for the time being: a module keeps its type, and one that
-    has no tower runs as written.
+class Binding:
+    """Modules and their towers.
 
     Args:
         towers: Module → tower; its attribute ``as_written`` is the ``forward`` of the module's
             class, see `forward_of`.
     """
-    classes = {type(module): tower.as_written for module, tower in towers.items()}
-    mine = {id(module): tower for module, tower in towers.items()}
-    token = _active.set({**_active.get(_no_towers), **mine})
+
+    def __init__(self, towers: Mapping[nn.Module, Any]) -> None:
+        self._towers = {id(module): tower for module, tower in towers.items()}
+        self._classes = {type(module): tower.as_written for module, tower in towers.items()}
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether one of the towers was built."""
+        return any(tower.steps for tower in self._towers.values())
+
+
+@contextlib.contextmanager
+def bound(binding: Binding) -> Iterator[None]:
+    """Let the calls of modules go to their towers inside the block, in this thread.
+
+    The classes of the modules are changed for the time being: a module keeps its type, and one that
+    has no tower runs as written.
+    """
+    token = _active.set({**_active.get(_no_towers), **binding._towers})
     try:
         with _patching:
-            for cls, function in classes.items():
+            for cls, function in binding._classes.items():
                 _patch(cls, function)
         yield
     finally:
         with _patching:
-            for cls in classes:
+            for cls in binding._classes:
                 _unpatch(cls)
         _active.reset(token)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from passes.levels import Level
 from passes.nest import NotNested, active_nodes, nest
 from passes.work import work_of
 from rewriter.as_written import measure, run_in_place
-from rewriter.binding import Towers, bind, bound, forward_of, is_active, is_bound
+from rewriter.binding import Binding, Towers, bind, forward_of, is_active, is_bound
 from rewriter.capture import compile_function, is_observed, is_traced
 from rewriter.chain import base_of
 from rewriter.checking import check_layer
@@ -115,6 +114,10 @@ class OptimizedForward(Specialising):
         """Call the module that comes first with the arguments that follow."""
         if torch.compiler.is_compiling() or not self._serves(type(args[0])):
             return self.as_written(*args, **kwargs)
+        if self.ways.is_any:
+            way = self.ways.of(args, kwargs)
+            if way is not None:
+                return way(*args, **kwargs)
         refusal = self.refusal_of(args, kwargs)
         if isinstance(refusal, TooLittleWork):
             return self.as_written(*args, **kwargs)  # right in every mode, and soon found out
@@ -251,16 +254,18 @@ class Layers:
             weakref.WeakValueDictionary()
         )
 
-    @contextlib.contextmanager
-    def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Let the modules and those inside them be towers inside the ``with`` block."""
+    def binding(self, modules: Iterable[nn.Module]) -> Binding:
+        """Return the modules and those inside them with their towers, but for those that are known
+        to run as written."""
         towers: dict[nn.Module, OptimizedForward] = {}
         for module in _in_reach(modules):
             function = _layer(module)
-            if function is not None:
-                towers[module] = self._tower_of(module, function)
-        with bound(towers):
-            yield
+            if function is None:
+                continue
+            tower = self._tower_of(module, function)
+            if tower.steps or not tower.refusals:
+                towers[module] = tower
+        return Binding(towers)
 
     def _tower_of(self, module: nn.Module, function: Callable[..., Any]) -> OptimizedForward:
         """Return the tower of a module for as long as there is the module; modules that are alike,

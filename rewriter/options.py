@@ -46,6 +46,9 @@ class Options:
             ``"auto"`` takes the cheapest.
         capture: ``"dynamo"`` traces the loss's Python; ``"trace"`` runs it and records the calls of
             PyTorch that it makes, once for each kind of call.
+        race: Whether the first calls of a kind are spent on timing our form and the user's in turns
+            where a price cannot tell which is the quicker; None means with Inductor, unless
+            ``strict``, ``check`` or a strategy asks for ours. False makes runs repeat bit by bit.
         strict: Whether anything left as written is an error.
         verify: Whether each new specialisation is compared with the loss as written at its first
             call, on the caller's arguments; one that differs runs as written, with a warning. The
@@ -61,6 +64,7 @@ class Options:
     dynamic: bool | None = None
     strategy: str | Mapping[str, str] = "auto"
     capture: str = "dynamo"
+    race: bool | None = None
     strict: bool = False
     verify: bool = True
     check: bool = False
@@ -71,8 +75,10 @@ class Options:
         _require("mode", self.mode, MODES)
         _require("start", self.start, STARTS)
         _require("capture", self.capture, CAPTURES)
-        if not (self.dynamic is None or isinstance(self.dynamic, bool)):
-            raise ValueError(f"dynamic: expected None, True or False, got {self.dynamic!r}")
+        for name in ("dynamic", "race"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                got = getattr(self, name)
+                raise ValueError(f"{name}: expected None, True or False, got {got!r}")
         if isinstance(self.strategy, Mapping):
             for site, name in self.strategy.items():
                 _require(f"strategy[{site!r}]", name, STRATEGIES)
@@ -92,6 +98,14 @@ class Options:
     def is_measured(self) -> bool:
         """Whether the best candidates are timed on the user's arguments, the fastest kept."""
         return self.mode.startswith("max-autotune")
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether the clock decides between our form and the user's."""
+        if self.race is not None:
+            return self.race
+        is_asked_for = self.strict or self.check or self.strategy != "auto"
+        return self.backend == "inductor" and not is_asked_for
 
     def strategy_for(self, site: str) -> str:
         """Return the strategy that was asked for at a site."""

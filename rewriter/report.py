@@ -106,6 +106,7 @@ class Report:
         graph: The joint graph; runnable.
         captured: Whether the loss was captured; if not, ``reason`` says why, ``layers`` what became
             of the modules it has called so far, and the graphs are absent.
+        raced: What the clock has decided between two exact forms, with the time of each.
         function: The loss's name.
         inputs: What the graph takes, by name: ``{"net.0.weight": "f32[32, 2]"}``.
         sources: The user's functions that nodes come from.
@@ -139,6 +140,7 @@ class Report:
     captured: bool = True
     reason: str = ""
     layers: tuple[str, ...] = ()
+    raced: tuple[str, ...] = ()
     function: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[Source, ...] = ()
@@ -201,6 +203,7 @@ class Report:
             "captured": self.captured,
             "reason": self.reason,
             "layers": list(self.layers),
+            "raced": list(self.raced),
             "inputs": [{"name": name, "tensor": tensor} for name, tensor in self.inputs.items()],
             "sources": [
                 {"path": s.path, "first_line": s.first_line, "lines": list(s.lines)}

@@ -42,6 +42,7 @@ def text_of(record: dict[str, Any]) -> Text:
             lines += _wrapped([("verified: ", "bold")], record["verified"])
     else:
         lines = _not_captured(record)
+    lines += _list("timed", record["raced"])
     breaks = [reason for reason in record["breaks"] if reason != record["reason"]]
     return _text([*lines, *_list("calls that run as written", breaks)])
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rewriter.binding import Binding, bound
 from rewriter.budget import Budget
 from rewriter.capture import (
     DYNAMO_ERRORS,
@@ -51,13 +52,14 @@ from rewriter.refusals import Call, Refusals
 from rewriter.snapshot import restored_on_error
 from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, explaining, value_only
+from rewriter.uncaptured import Ways
 
 
 class LayersOf(Protocol):
     """Modules that run as towers inside of a function that is not captured."""
 
-    def on(self, modules: Iterable[nn.Module], /) -> contextlib.AbstractContextManager[None]:
-        """Let the modules and those inside them be towers inside the ``with`` block."""
+    def binding(self, modules: Iterable[nn.Module], /) -> Binding:
+        """Return the modules and those inside them with their towers."""
         ...
 
     @property
@@ -94,6 +96,8 @@ class Specialising(ABC):
         self._specialize_floats = self._by_pullbacks = self._fixed_sizes = False
         self._may_wait = True
         self._refused = Refusals()
+        self.ways = Ways(self, self._refused)
+        self._calls = 0
         self._known: list[CaptureError] = []
         self.budget = Budget(_where(function))
         # What calls go through while there is no specialisation yet.
@@ -112,9 +116,14 @@ class Specialising(ABC):
         """Return what computes the outputs of a captured graph from its inputs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # In this order: inside of another capture Dynamo traces this line, and knows the answer to
-        # the first question.
-        if torch.compiler.is_compiling() or not self.is_on or is_recorded():
+        # First: inside of another capture Dynamo traces this line, and knows the answer.
+        if torch.compiler.is_compiling():
+            return self.as_written(*args, **kwargs)
+        if self.ways.is_any:
+            way = self.ways.of(args, kwargs)
+            if way is not None:
+                return way(*args, **kwargs)
+        if not self.is_on or is_recorded():
             return self.as_written(*args, **kwargs)
         if self._refused.all and not self.steps:
             refusal = self.refusal_of(args, kwargs)
@@ -139,6 +148,7 @@ class Specialising(ABC):
             CaptureError: The loss cannot be captured, or not once more; nothing of it has run.
         """
         forget_draws()
+        self._calls += 1
         misses: Sequence[Miss] = ()
         if self.steps:
             # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
@@ -257,7 +267,10 @@ class Specialising(ABC):
         if refusal in self._known:
             for_its_words(refusal)
             return self._run_uncaptured(refusal, args, kwargs)
-        call = Call(args, kwargs)  # as it is before the call, which may add to a dict
+        if not self._refused.all:
+            self._refused.watch(self.as_written, args, kwargs)
+        # As it is before the call, which may add to a dict.
+        call = Call(args, kwargs, self._refused.watched)
         try:
             with restored_on_error(self.as_written, args, kwargs):
                 value = self._run_uncaptured(refusal, args, kwargs)
@@ -296,10 +309,23 @@ class Specialising(ABC):
         """Return the modules that a call may run."""
 
     def _run_uncaptured(self, refusal: CaptureError, args: Any, kwargs: Any) -> Any:
+        call = Call(args, kwargs, self._refused.watched)
         if isinstance(refusal, TooLittleWork):
-            return self.as_written(*args, **kwargs)
-        with self.layers.on(self._modules(args, kwargs)):
-            return self.as_written(*args, **kwargs)
+            value = self.as_written(*args, **kwargs)
+        else:
+            with bound(self.binding(args, kwargs)):
+                value = self.as_written(*args, **kwargs)
+        self.ways.settle(call, refusal, args, kwargs, self._calls)
+        return value
+
+    def binding(self, args: Any, kwargs: Any) -> Binding:
+        """Return the modules that a call may run, with their towers."""
+        return self.layers.binding(self._modules(args, kwargs))
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether the clock decides between this function's layers and the function as written."""
+        return self.options.is_raced
 
 
 def _where(function: Any) -> str:

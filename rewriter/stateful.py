@@ -152,22 +152,24 @@ def without_saved_tensor_hooks() -> Iterator[None]:
 
 def modes() -> Any:
     """Return the modes of PyTorch, beside transforms, by which a function is computed or traced."""
-    casts = [
-        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-    ]
+    functions = torch._C._len_torch_function_stack()
     hooks = _A._saved_tensors_hooks_is_enabled() and _A._top_saved_tensors_default_hooks(True)
     return (
-        tuple(casts),
+        _casts() if torch._C._is_any_autocast_enabled() else None,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_anomaly_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_deterministic_algorithms(),
         torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch._C._len_torch_function_stack(),
+        # A default device is a mode of these; to ask for it is dear.
+        (functions, torch.get_default_device()) if functions else None,
         bool(hooks),
     )
+
+
+def _casts() -> Any:
+    kinds = ("cpu", "cuda")
+    return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
 
 
 def is_wrapped(x: Any) -> bool:
