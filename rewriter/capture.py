@@ -542,22 +542,6 @@ def _tensor_method(name: str, handler: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def refuse_no_grad_in_transforms(captured: GraphModule) -> None:
-    """Check a capture with pullbacks in place of forward mode: `no_grad` stops only pullbacks.
-
-    Raises:
-        CaptureError: A transform's body switches gradients off.
-    """
-    depth = 0
-    for node in captured.graph.nodes:
-        if node.target is functorch_c._grad_increment_nesting:
-            depth += 1
-        elif node.target is functorch_c._grad_decrement_nesting:
-            depth -= 1
-        elif node.target is torch._C._set_grad_enabled and depth and not node.args[0]:
-            raise CaptureError("no_grad inside of forward mode", where(node))
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Dynamo's own warnings and error logs from the user: what matters is reported in our

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,6 +77,7 @@ class Marking(Interpreter):
         self.own_dual_level = False
         self.enabled_outside = True
         self.inside: set[Node] = set()
+        self.constants: dict[Node, Any] = {}
         self.memory = Memory(captured.graph)
         switches = captured.graph.find_nodes(op="call_function", target=set_requires_grad)
         # What a node requires at present, if that changes; an example has the flag of the end.
@@ -146,10 +148,13 @@ class Marking(Interpreter):
             raise CaptureError(
                 "an in-place write under no_grad to a tensor that requires grad", where(n)
             )
+        if self._stops_one_mode(n):
+            raise CaptureError("no_grad inside of forward mode", where(n))
         self.memory.check_write(n)
         self._stop_what_a_transform_returns(n)
         try:
-            out = super().run_node(n)
+            with self._constants_read(n):
+                out = super().run_node(n)
         except (CaptureError, NeedsBatchedPoint):
             raise
         except Exception as error:
@@ -180,6 +185,9 @@ class Marking(Interpreter):
         """Whether a gradient that comes into a node does not leave it."""
         if self.grad_enabled:
             return self.depth == 0 and self._is_cut(node)
+        if self.duals:
+            # Forward mode does not stop at no_grad; what leaves it is stopped outside.
+            return False
         # A stop is a copy: where nothing comes in, the memory is better shared as it is as written.
         return any(map(self._requires_grad, node.all_input_nodes))
 
@@ -294,10 +302,39 @@ class Marking(Interpreter):
         return stop_mark(x)
 
     def _set_grad_enabled(self, enabled: bool) -> None:
-        if self.duals and not enabled:
+        if self.duals and not enabled and self.enabled_outside:
             # Forward mode does not stop at no_grad, reverse mode does.
             raise CaptureError("no_grad inside of forward mode", where(self.node_running))
         self.grad_enabled = enabled
+
+    def _pullbacks(self) -> int:
+        """Return how many transforms in reverse mode are open."""
+        return self.depth - len(self.vmaps) - len(self.duals)
+
+    @contextlib.contextmanager
+    def _constants_read(self, node: Node) -> Iterator[None]:
+        """Let a node inside of forward mode under `no_grad` read constants, for the time being:
+        nothing there has a pullback, so that the tangents are all that is computed."""
+        read: dict[Node, Any] = {}
+        if self.duals and not self.enabled_outside:
+            outside = set(node.all_input_nodes) - self.inside
+            read = {x: self.env[x] for x in outside if self._requires_grad(x)}
+        for each, value in read.items():
+            if each not in self.constants:
+                self.constants[each] = pytree.tree_map_only(Tensor, _stopped, value)
+            self.env[each] = self.constants[each]
+        yield
+        for each in set(read) & set(self.env):
+            self.env[each] = read[each]
+
+    def _stops_one_mode(self, node: Node) -> bool:
+        """Whether a node, under `no_grad`, would stop a derivative in reverse mode that is taken
+        inside of one in forward mode, which goes on."""
+        if self.grad_enabled or not self.duals or not self._pullbacks():
+            return False
+        if node.target in self.handlers:  # a transform that is being closed
+            return False
+        return any(map(self._requires_grad, node.all_input_nodes))
 
     def _batch_norm(
         self,
@@ -434,15 +471,18 @@ class Marking(Interpreter):
         self.depth -= 1
 
     def _enter_jvp(self) -> None:
-        if not self.grad_enabled:
-            # Forward mode does not stop at no_grad, reverse mode does.
-            raise CaptureError("forward mode under no_grad", where(self.node_running))
+        if not self.grad_enabled and self._pullbacks():
+            raise CaptureError(
+                "forward mode under no_grad inside of reverse mode", where(self.node_running)
+            )
         self.depth += 1
         self.duals.append([])
 
     def _leave_jvp(self) -> None:
         self.depth -= 1
         self.duals.pop()
+        if not self.duals:
+            self.constants.clear()
 
     def _enter_dual_level(self) -> None:
         """A level of its own if the user opened it; `torch.func.jvp` opens one for all of its
@@ -554,6 +594,28 @@ class Marking(Interpreter):
         return tuple(found.get(i) for i in range(len(inputs)))
 
 
+def refuse_no_grad_in_transforms(captured: GraphModule) -> None:
+    """Check a capture with pullbacks in place of forward mode: `no_grad` stops only pullbacks.
+
+    Raises:
+        CaptureError: A transform's body computes with gradients switched off.
+    """
+    depth, enabled = 0, True
+    for node in captured.graph.nodes:
+        if node.target is _C._grad_increment_nesting:
+            depth += 1
+        elif node.target is _C._grad_decrement_nesting:
+            depth -= 1
+        elif node.target is torch._C._set_grad_enabled:
+            enabled = node.args[0]
+        elif depth and not enabled and node.target not in _CLOSING and _reads_gradients(node):
+            raise CaptureError("no_grad inside of forward mode", where(node))
+
+
+def _reads_gradients(node: Node) -> bool:
+    return any(requires_grad(example_of(n)) for n in node.all_input_nodes)
+
+
 def _is_unpacked_again(node: Node) -> bool:
     """Whether the primal that this node unpacks, which moves no more, takes part in what a later
     node unpacks."""
@@ -572,6 +634,9 @@ def _is_float_tensor(x: Any) -> bool:
 def _stopped(x: Tensor) -> Tensor:
     return stop_mark(x) if _is_float_tensor(x) else x
 
+
+# What a transform does with the results of its body.
+_CLOSING = {_C._unwrap_for_grad, nesting.unwrap_for_grad, eager_transforms._autograd_grad}
 
 # What returns a copy here, and as written the tensor itself or a part of it.
 _COPIES = {_AUTOGRAD._get_data_attr}

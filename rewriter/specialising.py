@@ -28,7 +28,6 @@ from rewriter.capture import (
     forget,
     is_dynamos_own,
     is_recorded,
-    refuse_no_grad_in_transforms,
     refuse_switched_off,
     with_inputs_returned,
 )
@@ -46,6 +45,7 @@ from rewriter.errors import (
 )
 from rewriter.generators import forget_draws, undo_draws
 from rewriter.guarded import Miss, NoSpecialisation
+from rewriter.marking import refuse_no_grad_in_transforms
 from rewriter.modes import is_watched, modes_set_aside
 from rewriter.options import Options, is_disabled
 from rewriter.refusals import Call, Refusals

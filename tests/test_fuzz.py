@@ -29,7 +29,7 @@ ACCEPTED = {
     r"self.is_inference\(\) INTERNAL ASSERT": "fused attention pulled back and pushed forward",
     "NoRule.*log_sigmoid_forward": "log_sigmoid, for directions in a batch",
     r"attempting to call Tensor.requires_grad_\(\)": "functional.* inside of functional.jvp",
-    "forward mode under no_grad": "forward mode does not stop at no_grad",
+    "no_grad inside of forward mode": "forward mode does not stop at no_grad",
     "no_grad and a torch.func transform": "PyTorch turns gradients on below a transform",
     "at a hidden value of another derivative": "a derivative at a value inside of a derivative",
     "updates its state, inside of a vmap": "a vmap over BatchNorm in train mode",

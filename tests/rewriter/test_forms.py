@@ -625,12 +625,6 @@ def write_to_the_source_of_a_leaf(net: nn.Module, x: Tensor) -> Tensor:
     return grad(net(p).sum(), p, create_graph=True)[0].square().sum()
 
 
-def forward_mode_under_no_grad(net: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        moved = torch.func.jvp(net, (x,), (x.cos(),))[1]
-    return (net(x) * moved).sum()
-
-
 def loop_over_numbers(net: nn.Module, x: Tensor) -> Tensor:
     g = grad(net(x).sum(), x, create_graph=True)[0]
     dims, total = torch.tensor([1, 0]), torch.zeros((), dtype=x.dtype)
@@ -662,7 +656,6 @@ def steps_read_from_a_tensor(net: nn.Module, x: Tensor) -> Tensor:
         (write_to_a_detached_view, "shares memory"),
         (write_to_data, "shares memory"),
         (write_to_the_source_of_a_leaf, "shares memory"),
-        (forward_mode_under_no_grad, "forward mode under no_grad"),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
