@@ -124,8 +124,15 @@ _QUESTIONS = {
 }  # fmt: skip
 
 
+_ALLOCATIONS = {
+    torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided,
+}  # fmt: skip
+
+
 class FlopCounter(TorchDispatchMode):
-    """Count the matmul and convolution FLOPs of everything that runs inside, fake tensors included.
+    """Count the matmul and convolution FLOPs of everything that runs inside, fake tensors included,
+    and the operators that are a kernel of eager's.
 
     >>> with FlopCounter() as counter:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
@@ -137,6 +144,7 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self.total: sympy.Expr = sympy.Integer(0)
         self.calls = 0
+        self.kernels = 0
 
     @property
     def flops(self) -> int:
@@ -156,6 +164,7 @@ class FlopCounter(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        self.kernels += not (func.is_view or func._overloadpacket in _ALLOCATIONS)
         if formula is not None:
             self.total += as_expression(formula(*args, **kwargs, out_val=out))
             self.calls += 1

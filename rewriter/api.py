@@ -10,6 +10,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import torch
@@ -29,6 +30,7 @@ from rewriter.log import log_built, wanted
 from rewriter.make_report import make_report
 from rewriter.modes import is_traced_by_a_mode, modes_set_aside
 from rewriter.naming import modules_in, named_leaves, named_tensors
+from rewriter.obstacles import Findings, find_obstacles
 from rewriter.options import Options, make_options
 from rewriter.progress import shown
 from rewriter.recorder import Recorder
@@ -123,8 +125,30 @@ class OptimizedLoss(Specialising):
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """Return what is done to the loss for these arguments.
 
-        The loss is captured and rewritten; nothing is compiled or run, and no state is touched.
+        The loss is captured and rewritten; nothing is compiled or run, and no state is touched. One
+        that cannot be captured is captured once more without the statement that is in the way, to
+        say whether that alone is.
         """
+        report = self._explain(args, kwargs)
+        if report.captured:
+            return report
+        probe = functools.partial(self._anew()._explain, args, kwargs)
+        return replace(report, remedy=find_obstacles(probe, first=report, most=2).advice)
+
+    @modes_set_aside()
+    def obstacles(self, *args: Any, **kwargs: Any) -> Findings:
+        """Return what keeps the loss from one graph for these arguments, each obstacle in turn, and
+        what that graph would gain.
+
+        The loss as written is run for the numbers that host code reads, on these arguments.
+        """
+        run = functools.partial(self.as_written, *args, **kwargs)
+        return find_obstacles(functools.partial(self._anew()._explain, args, kwargs), run)
+
+    def _anew(self) -> OptimizedLoss:
+        return OptimizedLoss(self.as_written, self.options)
+
+    def _explain(self, args: Any, kwargs: Any) -> Report:
         try:
             found = self._explained(args, kwargs)
         except CaptureError as refusal:
@@ -369,6 +393,10 @@ class _BoundLoss:
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """See `OptimizedLoss.explain`."""
         return self._loss.explain(self.__self__, *args, **kwargs)
+
+    def obstacles(self, *args: Any, **kwargs: Any) -> Findings:
+        """See `OptimizedLoss.obstacles`."""
+        return self._loss.obstacles(self.__self__, *args, **kwargs)
 
     def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:
         """See `OptimizedLoss.stages`."""

@@ -34,12 +34,14 @@ class AsWritten:
         wanted: Positions of the inputs that require grad.
         reached: Output that requires grad → those of ``wanted`` it has a gradient for; for the
             others ``.grad`` stays None.
+        kernels: How many kernels eager launches: views and allocations are none.
     """
 
     flops: sympy.Expr
     matmuls: int
     wanted: tuple[int, ...]
     reached: dict[int, frozenset[int]]
+    kernels: int = 0
 
     @property
     def differentiable(self) -> tuple[int, ...]:
@@ -153,7 +155,7 @@ def measure(captured: GraphModule, promoted: Sequence[int]) -> AsWritten:
         grads = gradients_of(outputs, leaves)
     if len(ends) == 1:
         reached[ends[0]] = _there(wanted, grads)
-    return AsWritten(counter.total, counter.calls, wanted, reached)
+    return AsWritten(counter.total, counter.calls, wanted, reached, counter.kernels)
 
 
 def bytes_kept(captured: GraphModule, promoted: Sequence[int]) -> int:

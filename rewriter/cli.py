@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -375,20 +377,46 @@ def _states(values: Sequence[Any]) -> list[Any]:
 
 
 @app.command()
-def doctor() -> None:
-    """Look for what would break on this machine, and say how to mend it."""
-    worst = GOOD
-    with _doing("looking") as _:
-        for finding in examine():
-            colour = COLOURS[finding.status]
-            out.print(
-                f"[{colour}]{finding.status:>7}[/]  {finding.what}: {finding.found}",
-                highlight=False,
-            )
-            if finding.mend:
-                out.print(f"         {finding.mend}", markup=False, highlight=False)
-            worst = BAD if BAD in (worst, finding.status) else worst
-    if worst == BAD:
+@click.argument("loss", required=False)
+@click.option("--args", "args_name", metavar="NAME", help="What returns the arguments.")
+@click.option("--seed", default=0, show_default=True, help="Of PyTorch's generators.")
+@click.option("--capture", type=click.Choice(CAPTURES), help="How the loss is captured.")
+@click.option("--json", "as_json", is_flag=True, help="Print data.")
+def doctor(
+    loss: str | None, args_name: str | None, seed: int, capture: str | None, as_json: bool
+) -> None:
+    """Look for what would break on this machine, and say how to mend it; of a LOSS, for what keeps
+    it from one graph, and say what to change.
+
+    The loss is captured again and again, each time past one obstacle more, and run as written for
+    the numbers that host code reads.
+    """
+    if loss is None:
+        _examine_machine(as_json)
+        return
+    torch.manual_seed(seed)
+    target = find_target(loss, args_name, {} if capture is None else {"capture": capture})
+    with _doing("capturing, past one obstacle after the other"):
+        found = target.loss.obstacles(*target.args, **target.kwargs)
+    click.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=1) if as_json else found)
+    if found.obstacles:
+        raise click.exceptions.Exit(1)
+
+
+def _examine_machine(as_json: bool) -> None:
+    with _doing("looking"):
+        findings = list(examine())
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    for finding in [] if as_json else findings:
+        colour = COLOURS[finding.status]
+        out.print(
+            f"[{colour}]{finding.status:>7}[/]  {finding.what}: {finding.found}",
+            highlight=False,
+        )
+        if finding.mend:
+            out.print(f"         {finding.mend}", markup=False, highlight=False)
+    if any(finding.status == BAD for finding in findings):
         raise click.exceptions.Exit(1)
 
 

@@ -62,6 +62,7 @@ def make_report(
         bytes_kept_as_written=bytes_kept(rewritten.captured, rewritten.flat.promoted),
         matmuls=count_matmuls(rewritten.joint),
         matmuls_as_written=rewritten.as_written.matmuls,
+        kernels_as_written=rewritten.as_written.kernels,
         graph=rewritten.joint,
         function=rewritten.function,
         inputs=_inputs(rewritten),

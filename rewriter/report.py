@@ -103,9 +103,11 @@ class Report:
         bytes_kept_as_written: The same for the loss as written, run by eager.
         matmuls: Matrix products and convolutions of the step as rewritten.
         matmuls_as_written: The same for the loss as written.
+        kernels_as_written: Kernels that eager launches, matrix products among them.
         graph: The joint graph; runnable.
         captured: Whether the loss was captured; if not, ``reason`` says why, ``layers`` what became
             of the modules it has called so far, and the graphs are absent.
+        remedy: What would make one graph of a loss that was not captured, as far as it was tried.
         raced: What the clock has decided between two exact forms, with the time of each.
         function: The loss's name.
         inputs: What the graph takes, by name: ``{"net.0.weight": "f32[32, 2]"}``.
@@ -136,10 +138,12 @@ class Report:
     bytes_kept_as_written: int = 0
     matmuls: int = 0
     matmuls_as_written: int = 0
+    kernels_as_written: int = 0
     graph: GraphModule | None = None
     captured: bool = True
     reason: str = ""
     layers: tuple[str, ...] = ()
+    remedy: str = ""
     raced: tuple[str, ...] = ()
     function: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -203,6 +207,7 @@ class Report:
             "captured": self.captured,
             "reason": self.reason,
             "layers": list(self.layers),
+            "remedy": self.remedy,
             "raced": list(self.raced),
             "inputs": [{"name": name, "tensor": tensor} for name, tensor in self.inputs.items()],
             "sources": [
@@ -239,6 +244,7 @@ class Report:
                 "kernels": self.kernels,
                 "matmuls": self.matmuls,
                 "matmuls_as_written": self.matmuls_as_written,
+                "kernels_as_written": self.kernels_as_written,
                 "nodes": _operators(self.graph),
             },
             "breaks": list(self.breaks),

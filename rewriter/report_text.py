@@ -77,7 +77,8 @@ def _not_captured(record: dict[str, Any]) -> list[Line]:
     name = record["function"]
     head: Line = [(f"{name}: " if name else "", "bold"), (f"{how}: ", "yellow")]
     layers: list[Line] = [[(f"  {line}", "")] for line in record["layers"]]
-    return [*_wrapped(head, record["reason"]), *layers]
+    remedy = _wrapped([("  remedy: ", "bold")], record["remedy"]) if record["remedy"] else []
+    return [*_wrapped(head, record["reason"]), *remedy, *layers]
 
 
 def _wrapped(head: Line, text: str) -> list[Line]:

@@ -49,6 +49,7 @@ from rewriter.marking import refuse_no_grad_in_transforms
 from rewriter.modes import is_watched, modes_set_aside
 from rewriter.options import Options, is_disabled
 from rewriter.refusals import Call, Refusals
+from rewriter.remedies import kind_of
 from rewriter.snapshot import restored_on_error
 from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, explaining, value_only
@@ -292,6 +293,8 @@ class Specialising(ABC):
         for_its_words(refusal)
         if not (self.quiet or is_said or isinstance(refusal, TooLittleWork)):
             said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
+            remedy = kind_of(refusal.reason, refusal.where.partition(": ")[2]).remedy
+            said += f". For one graph: {remedy}" if remedy else ""
             said += f". Please report this, with {folder}" if folder else ""
             warnings.warn(
                 f"{self.name} runs as written: {said}",

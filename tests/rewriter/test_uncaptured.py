@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 from rewriter import NestedGradientWarning, optimize_nested, turns
 from rewriter.turns import Turns
 from tests.cases import mlp
 from tests.rewriter.test_handing_out import python_calls
 
+# Not recorded: what no recording would mind is in the way.
+DYNAMO: Any = {"backend": "eager", "capture": "dynamo"}
 X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
 
 
@@ -49,7 +52,7 @@ def plain(x: Any, y: Any) -> Any:
     ],
 )
 def test_a_call_is_a_look_up(arguments: Callable[[], tuple[Any, Any]]) -> None:
-    loss = optimize_nested(plain, backend="eager")
+    loss = optimize_nested(plain, **DYNAMO)
     x, y = arguments()
     for _ in range(2):
         loss(x, y)
@@ -59,7 +62,7 @@ def test_a_call_is_a_look_up(arguments: Callable[[], tuple[Any, Any]]) -> None:
 
 
 def test_so_it_is_for_all_sizes_after_a_second_one() -> None:
-    loss = optimize_nested(plain, backend="eager")
+    loss = optimize_nested(plain, **DYNAMO)
     for n in (1, 2, 3):
         loss(X[:n], X)
     assert len(loss.refusals) == 2
@@ -89,8 +92,8 @@ def test_other_modes_are_other_calls() -> None:
         return net(x).square().sum()
 
     for loss, arguments in (
-        (optimize_nested(square, backend="eager"), (x,)),
-        (optimize_nested(lambda net, x: net(x).square().sum(), backend="eager"), (net, x)),
+        (optimize_nested(square, **DYNAMO), (x,)),
+        (optimize_nested(lambda net, x: net(x).square().sum(), **DYNAMO), (net, x)),
     ):
         net.train()
         for _ in range(4):
@@ -116,7 +119,7 @@ def test_flags_are_told_apart() -> None:
             open("/dev/null").close()
         return x.square().sum()
 
-    decorated = optimize_nested(loss, backend="eager")
+    decorated = optimize_nested(loss, **DYNAMO)
     x = X.clone().requires_grad_()
     for _ in range(3):
         decorated(x, True)
@@ -133,7 +136,7 @@ def test_what_no_specialisation_holds_for_is_not_asked_for_at_each_call() -> Non
             open("/dev/null").close()
         return x.square().sum()
 
-    decorated = optimize_nested(loss, backend="eager")
+    decorated = optimize_nested(loss, **DYNAMO)
     x = X.clone().requires_grad_()
     decorated(x)
     talks = True
@@ -156,7 +159,7 @@ def test_what_no_specialisation_holds_for_is_not_asked_for_at_each_call() -> Non
 
 
 def test_networks_are_not_kept() -> None:
-    loss = optimize_nested(penalty, backend="eager", race=True)
+    loss = optimize_nested(penalty, **DYNAMO, race=True)
     net = mlp(nn.Tanh, 2, 6, 2)
     gone = weakref.ref(net)
     for _ in range(4):
@@ -196,7 +199,7 @@ class Slow(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.clock.now += ctx.seconds
         return cotangent, None, None, None
 
@@ -251,7 +254,7 @@ def test_layers_stay_where_they_are_quicker(clock: Clock, is_quicker: bool) -> N
         return g.square().sum()
 
     original = Net.forward
-    decorated = optimize_nested(loss, backend="eager", race=True)
+    decorated = optimize_nested(loss, **DYNAMO, race=True)
     found = []
     for function, own in ((decorated, net), (loss, reference)):
         torch.manual_seed(0)
@@ -303,6 +306,6 @@ def test_compiled_autograd_around_a_raced_pass() -> None:
     race = Turns(("one", "other"))
     x = X.clone().requires_grad_()
     value = race.run(lambda x: x.square().sum(), (x,), {})
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
         value.backward()
     torch.testing.assert_close(x.grad, 2 * X)
