@@ -509,12 +509,31 @@ def _floats_left_alone() -> contextlib.AbstractContextManager[None]:
 
 def _op_by_op(module: GraphModule) -> Compiled:
     """Run a graph as it is: autocast around the call is in the graph already."""
+    module = _with_resolved_views(module)
 
     def run(*inputs: Any) -> Sequence[Any]:
         with torch._C._DisableAutocast():
             return module.forward(*inputs)
 
     return run
+
+
+def _with_resolved_views(module: GraphModule) -> GraphModule:
+    """Return a graph that takes numbers whose conjugation PyTorch has put off."""
+    views = module.graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_real.default)
+    if not views:
+        return module
+    module = copy_graph(module)
+    for node in module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.view_as_real.default
+    ):
+        node.target = _view_resolved
+    module.recompile()
+    return module
+
+
+def _view_resolved(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj())
 
 
 @torch.library.custom_op(

@@ -280,7 +280,7 @@ class Step:
     def pull_back(self, residuals: Sequence[Any], cotangents: Sequence[Tensor]) -> Sequence[Any]:
         """Return the gradients from residuals and cotangents."""
         assert self.halves is not None
-        given = [*residuals, *(c.contiguous() for c in cotangents)]
+        given = [*residuals, *(c.resolve_conj().resolve_neg().contiguous() for c in cotangents)]
         if self._is_compared and self._backward is None:
             # A call whose gradients nobody may ask for: nothing is compiled for it.
             return self._op_by_op()(*given)

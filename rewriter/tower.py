@@ -324,7 +324,7 @@ class _LevelFunction(torch.autograd.Function):
             return none if is_real else _all_there(ctx, none)
         needed = _asked_for(ctx) if is_real else _required(ctx)
         dense = [
-            c.contiguous()
+            c.resolve_conj().resolve_neg().contiguous()
             for c, kind in zip(cotangents, given, strict=True)
             if c is not None and kind is Cotangent.GIVEN
         ]

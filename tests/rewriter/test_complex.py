@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from rewriter import optimize_nested
+from tests.host_blocks import Spectral
 from tests.oracle import check
 
 D, C = torch.float64, torch.complex128
@@ -134,3 +136,24 @@ def of_an_exponential(h: Tensor, w: Tensor) -> Tensor:
 def test_complex_step(step: Callable[..., Tensor], loss: Callable[..., Tensor]) -> None:
     torch.manual_seed(1)
     check(loss, [Complexed(step)], torch.randn(3, 6, dtype=D))
+
+
+def test_spectra_between_levels() -> None:
+    """Autograd hands a layer's derivatives spectra whose conjugation is put off."""
+
+    def penalty(net: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        z = torch.fft.rfft(g, dim=1)
+        g = g + torch.fft.irfft(z * 1j * torch.arange(3), n=4, dim=1)
+        return g.square().mean()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Spectral(), nn.GELU(), Spectral()).double()
+    x = torch.randn(5, 4, dtype=D)
+    expected = torch.autograd.grad(penalty(net, x), net.parameters())
+    for layer in net:
+        optimize_nested(layer, backend="eager", verify=False)
+    found = torch.autograd.grad(penalty(net, x), net.parameters())
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-12)
