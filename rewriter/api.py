@@ -54,6 +54,8 @@ class OptimizedLoss(Specialising):
         steps: One `rewriter.step.Step` per specialisation built so far.
     """
 
+    speculates = True
+
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         super().__init__(function, options, Layers(options))
         if options.capture == "trace":

@@ -127,6 +127,11 @@ MATH |= {
     if hasattr(torch, f"_sym_{function.__name__}")
 }
 
+TESTS: dict[Any, Callable[..., Any]] = {
+    math.isnan: torch.isnan, math.isinf: torch.isinf, math.isfinite: torch.isfinite,
+}  # fmt: skip
+"""The same for those that say yes or no."""
+
 FROM_DATA = frozenset(
     {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, _refs.tensor}
 )
@@ -377,6 +382,10 @@ def _run_node(original: Callable[..., Any]) -> Callable[..., Any]:
             node.op, node.target, node.args = "call_function", write_outside, (name, *node.args)
             write_outside(name, *args, **kwargs)
             return args[0]
+        if node.target in TESTS and any(isinstance(x, torch.SymFloat) for x in args):
+            shapes = tracer.fake_mode.shape_env
+            with shapes.ignore_fresh_unbacked_symbols():
+                return shapes.create_unbacked_symbool()
         if node.target in MATH and any(isinstance(x, torch.SymFloat) for x in args):
             return _unknown_float(tracer)
         numbers = [n for n in node.all_input_nodes if _is_numpy_number(n)]
@@ -530,7 +539,7 @@ def guards_unmoved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tensor_method(name: str, handler: Callable[..., Any]) -> Iterator[None]:
+def tensor_method(name: str, handler: Callable[..., Any]) -> Iterator[None]:
     """Handle a method of tensors in our way for the block: from torch 2.14 on Dynamo looks it up in
     a table, before by its name."""
     with contextlib.ExitStack() as stack:
@@ -654,9 +663,9 @@ def capturing(
         stack.enter_context(_open(inputs))
         stack.enter_context(appended_later(logs, trace.refuse))
         stack.enter_context(_quiet())
-        stack.enter_context(_tensor_method("requires_grad_", _requires_grad_))
+        stack.enter_context(tensor_method("requires_grad_", _requires_grad_))
         for name, body in METHODS.items():
-            stack.enter_context(_tensor_method(name, _inlined_method(body)))
+            stack.enter_context(tensor_method(name, _inlined_method(body)))
         stack.enter_context(replaced(dynamo_utils, "run_node", _run_node(dynamo_utils.run_node)))
         name = "speculate_subgraph_with_auto_output_flattening"
         if hasattr(higher_order_ops, name):
@@ -664,7 +673,7 @@ def capturing(
             stack.enter_context(replaced(higher_order_ops, name, traced))
         apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
         stack.enter_context(replaced(AutogradFunctionVariable, "call_apply", apply))
-        stack.enter_context(_tensor_method("backward", _method_backward(trace)))
+        stack.enter_context(tensor_method("backward", _method_backward(trace)))
         for kind, attribute in (
             (SkipFunctionVariable, "value"),
             (UserFunctionVariable, "fn"),
@@ -1013,6 +1022,7 @@ def is_recorded() -> bool:
 def with_inputs_returned(captured: GraphModule, step: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``step`` with those inputs in place of outputs that the captured function returns
     itself: after ``self.steps += 1`` the module holds the same tensor, and so does who held it.
+    Integers that it reads from tensors and returns are Python's.
 
     Args:
         captured: What Dynamo captured.
@@ -1030,13 +1040,21 @@ def with_inputs_returned(captured: GraphModule, step: Callable[..., Any]) -> Cal
         # One that has got a history has it among the outputs alone.
         if not example_of(end).requires_grad
     }
-    if not found:
+    numbers = [
+        index
+        for index, end in enumerate(results(captured.graph))
+        if isinstance(end, Node) and isinstance(example_of(end), (torch.SymInt, torch.SymBool))
+    ]
+    if not found and not numbers:
         return step
 
     def run(*inputs: Any) -> list[Any]:
         outputs = list(step(*inputs))
         for index, position in found.items():
             outputs[index] = inputs[position]
+        for index in numbers:
+            if isinstance(outputs[index], Tensor):  # Dynamo's code reads the floats
+                outputs[index] = outputs[index].item()
         return outputs
 
     return run

@@ -40,6 +40,7 @@ from rewriter.parcel import MARKS, CannotPack, pack, pack_captured, unpack, unpa
 from rewriter.recurrent import KINDS
 from rewriter.rewrite import Rewritten, decide, prepare
 from rewriter.specialising import gradients_on
+from rewriter.speculating import branches_of
 from rewriter.start import waiting
 from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, Step, explaining, value_only
@@ -91,6 +92,7 @@ def _takes_long(captured: GraphModule, options: Options) -> bool:
         and not (is_asked or options.strict or options.check)
         and products_in(captured) > MOST_PRODUCTS
         and all(map(_is_plain, captured.graph.nodes))
+        and not branches_of(captured)
         and not CUSTOM
         and not any(torch.is_autocast_enabled(x.device.type) for x in examples)
         and torch.get_default_device().type == "cpu"

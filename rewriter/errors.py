@@ -33,6 +33,11 @@ class NeedsNumber(CaptureError):
     each value."""
 
 
+class NeedsInteger(CaptureError):
+    """An integer that is read from a tensor decides on sizes, or on host code; capture anew with
+    the value that it has in this call."""
+
+
 class NeedsPullbacks(CaptureError):
     """Dynamo cannot trace this forward mode; capture anew with pullbacks in its place."""
 

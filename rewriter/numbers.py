@@ -2,7 +2,8 @@
 from tensors.
 
 They are inputs of the graph, or computed in it, so here they are tensors: of shape () and float64,
-as exact as a Python float. What is computed with them has the type that it has with a Python
+as exact as a Python float. Integers that are read from tensors are int64, and only compared and
+returned. What is computed with them has the type that it has with a Python
 number, which yields to every tensor's; a tensor of shape () yields to those with dimensions alone.
 """
 
@@ -19,8 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import where
-from rewriter.capture import FROM_DATA, MATH, example_of, is_numpys
-from rewriter.errors import CaptureError
+from rewriter.capture import FROM_DATA, MATH, TESTS, example_of, is_numpys
+from rewriter.errors import NeedsInteger
 from rewriter.memory import written_by
 
 _NUMBER = "python_number"  # in a node's meta: True for a number, False for what is made of some
@@ -32,8 +33,31 @@ _ONE_TYPE = {torch.lerp, torch.quantile, torch.nanquantile, "lerp", "quantile", 
 
 
 def number_of(x: Tensor) -> Tensor:
-    """Do what ``x.item()`` does for a float, without leaving the graph: a constant of shape ()."""
-    return x.detach().to(torch.float64)
+    """Do what ``x.item()`` does, without leaving the graph: a constant of shape ()."""
+    if x.dtype is torch.bool:
+        return x.detach().reshape(())
+    kind = torch.float64 if x.dtype.is_floating_point else torch.int64
+    return x.detach().reshape(()).to(kind)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Do what ``int(x)`` does for a number."""
+    return x.to(torch.int64)
+
+
+def fraction(x: Tensor) -> Tensor:
+    """Do what ``float(x)`` does for a number."""
+    return x.to(torch.float64)
+
+
+_CONVERSIONS: dict[Any, Callable[..., Any]] = {
+    torch.sym_int: rounded,
+    torch.sym_float: fraction,
+    torch.sym_max: torch.maximum,
+    torch.sym_min: torch.minimum,
+}
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""Python's functions of numbers, as Dynamo calls them."""
 
 
 def is_number(node: Node) -> bool:
@@ -46,7 +70,7 @@ def keep_numbers(captured: GraphModule) -> None:
     `number_of`, and let what is computed with them have the type that it has as written.
 
     Raises:
-        CaptureError: An integer is read from a tensor: sizes or branches depend on values.
+        NeedsInteger: An integer is read from a tensor, and sizes depend on it.
     """
     for module in captured.modules():
         if isinstance(module, GraphModule) and _keep_numbers(module, module is not captured):
@@ -64,23 +88,54 @@ def _keep_numbers(module: GraphModule, is_inner: bool) -> bool:
             _take_exponent(node, *node.args)
         if node.op == "call_method" and node.target == "item":
             read = example_of(node.args[0])  # a constant of the graph has none
-            if read is None or not read.dtype.is_floating_point:
-                raise CaptureError("an integer is read from a tensor", where(node))
+            if read is None or not (read.dtype.is_floating_point or _is_told_only(node)):
+                raise NeedsInteger("an integer is read from a tensor", where(node))
             node.op, node.target = "call_function", number_of
             node.meta[_NUMBER] = True
         elif node.op == "placeholder":
             if is_inner and isinstance(value, torch.SymFloat):
                 node.meta[_NUMBER] = True
-        elif node.target in MATH:
+        elif node.target in MATH or node.target in TESTS:
             _compute(node)
         elif any(map(is_number, node.all_input_nodes)):
-            if isinstance(value, (float, torch.SymFloat)):
+            if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+                _convert(node)
                 node.meta[_NUMBER] = True
             elif isinstance(value, Tensor) and not (_NUMBER in node.meta or is_numpys(node)):
                 node.meta[_NUMBER] = False  # done: a graph may come here twice
                 _promote(node, value)
         found = found or _NUMBER in node.meta
     return found
+
+
+def _is_told_only(node: Node) -> bool:
+    """Whether a number is returned, compared and computed with, and no tensor is made of it."""
+    return all(
+        user.op == "output"
+        or (user.target is torch.eq and user.meta.get("condition", False))
+        or (isinstance(example_of(user), _SYMBOLIC) and _is_told_only(user))
+        for user in node.users
+    )
+
+
+def _convert(node: Node) -> None:
+    """Let PyTorch do to numbers what Python does."""
+    if node.target is operator.truediv:  # of integers too
+        for number in filter(is_number, node.all_input_nodes):
+            with node.graph.inserting_before(node):
+                node.replace_input_with(number, node.graph.call_function(fraction, (number,)))
+    if node.target in (torch.sym_max, torch.sym_min):
+        with node.graph.inserting_before(node):
+            node.args = tuple(_as_number(x, node) for x in node.args)
+    node.target = _CONVERSIONS.get(node.target, node.target)
+
+
+def _as_number(x: Any, user: Node) -> Any:
+    """Return a number beside another one: `torch.maximum` takes nothing but tensors."""
+    if isinstance(x, Node):
+        return x if is_number(x) else _float_of(x, user)
+    kind = torch.float64 if isinstance(x, float) else torch.int64
+    return user.graph.call_function(torch.scalar_tensor, (x,), {"dtype": kind})
 
 
 def _take_exponent(node: Node, base: Any, exponent: Any) -> None:
@@ -113,7 +168,7 @@ def _compute(node: Node) -> None:
     (x,) = node.args
     if isinstance(x, Node) and not is_number(x):
         x = _float_of(x, node)
-    node.target, node.args = MATH[node.target], (x,)
+    node.target, node.args = {**MATH, **TESTS}[node.target], (x,)
     node.meta[_NUMBER] = True
 
 

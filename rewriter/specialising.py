@@ -36,6 +36,7 @@ from rewriter.errors import (
     CaptureError,
     InternalError,
     KeepsChanging,
+    NeedsInteger,
     NeedsNumber,
     NeedsPullbacks,
     NestedGradientWarning,
@@ -51,8 +52,10 @@ from rewriter.options import Options, is_disabled
 from rewriter.refusals import Call, Refusals
 from rewriter.remedies import kind_of
 from rewriter.snapshot import restored_on_error
+from rewriter.speculating import OtherBranch, speculated, take_branches
 from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, explaining, value_only
+from rewriter.turns import Turns
 from rewriter.uncaptured import Ways
 
 
@@ -83,9 +86,11 @@ class Specialising(ABC):
         steps: What was built, one for each specialisation so far.
         budget: What may be spent on more of them.
         quiet: Whether no warning is given when a call is not captured.
+        speculates: Whether branches on values are captured as the first call takes them.
     """
 
     quiet = False
+    speculates = False
 
     def __init__(self, function: Callable[..., Any], options: Options, layers: LayersOf) -> None:
         functools.update_wrapper(self, function)
@@ -96,6 +101,7 @@ class Specialising(ABC):
         self.steps: list[Any] = []
         self._specialize_floats = self._by_pullbacks = self._fixed_sizes = False
         self._may_wait = True
+        self._fixed_at: set[str] = set()
         self._refused = Refusals()
         self.ways = Ways(self, self._refused)
         self._calls = 0
@@ -106,6 +112,7 @@ class Specialising(ABC):
             compile_function, function, self._built, options.dynamic
         )
         self._compiled = self._new()
+        self.turns = Turns()
 
     @property
     def refusals(self) -> list[CaptureError]:
@@ -140,6 +147,9 @@ class Specialising(ABC):
                 return self._captured_call(args, kwargs)
         except CaptureError as refusal:
             reason = refusal
+        except OtherBranch:
+            undo_draws()
+            return self.as_written(*args, **kwargs)
         return self._fall_back(reason, args, kwargs)
 
     def _captured_call(self, args: Any, kwargs: Any) -> Any:
@@ -152,6 +162,8 @@ class Specialising(ABC):
         self._calls += 1
         misses: Sequence[Miss] = ()
         if self.steps:
+            if self.turns.misses:
+                self.turns.ask()
             # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
             try:
                 return self._compiled(*args, **kwargs)
@@ -165,6 +177,8 @@ class Specialising(ABC):
             except CaptureError:
                 undo_draws()
                 raise
+            except OtherBranch as found:
+                return self._other_way(found, args, kwargs)
         if self._refused.all and not explaining.get():
             refusal = self.refusal_of(args, kwargs)
             if refusal is not None:
@@ -172,6 +186,36 @@ class Specialising(ABC):
         self.budget.ask(misses, self._compiled)
         with self.budget.spending(misses, self._compiled, lambda: self._owners(args, kwargs)):
             return self._capture_in_some_way(args, kwargs)
+
+    def _other_way(self, found: OtherBranch, args: Any, kwargs: Any) -> Any:
+        """Call the loss for arguments that take other branches than those that were tried.
+
+        Raises:
+            CaptureError: Such calls are too frequent.
+            OtherBranch: No way is right for them, and none is to be made.
+        """
+        tried = self._compiled
+        self.turns.miss(found, tried)
+        for way in self.turns.all:
+            if way is tried:
+                continue
+            undo_draws()
+            with contextlib.suppress(OtherBranch, NoSpecialisation, *DYNAMO_ERRORS):
+                outputs = way(*args, **kwargs)
+                self._compiled = way
+                return outputs
+        undo_draws()
+        if not self.turns.may_have_another:
+            raise found
+        self._compiled = self._new()
+        try:
+            with self.budget.spending((), self._compiled, lambda: self._owners(args, kwargs)):
+                outputs = self._capture_in_some_way(args, kwargs)
+        except CaptureError:  # what is there holds for others
+            self._compiled, self.turns.is_closed = tried, True
+            raise found from None
+        self.turns.all.append(self._compiled)
+        return outputs
 
     def _capture_in_some_way(self, args: Any, kwargs: Any) -> Any:
         with_open_sizes: CaptureError | None = None
@@ -188,7 +232,9 @@ class Specialising(ABC):
             except NeedsPullbacks:
                 self._by_pullbacks = True
             except CaptureError as refusal:
-                if self.budget.close():
+                if isinstance(refusal, NeedsInteger) and self._may_fix(refusal):
+                    self._fixed_at.add(refusal.where)
+                elif self.budget.close():
                     undo_draws()
                 elif self._may_fix_sizes(refusal):
                     self._fixed_sizes, with_open_sizes = True, refusal
@@ -205,6 +251,10 @@ class Specialising(ABC):
         is_asked = not self._fixed_sizes and self.options.dynamic is None
         return is_asked and bool(self.steps) and not isinstance(refusal, TooLittleWork)
 
+    def _may_fix(self, refusal: CaptureError) -> bool:
+        """Whether an integer may be taken for one that seldom changes."""
+        return self.speculates and refusal.where not in self._fixed_at
+
     def _begin_again(self) -> None:
         """Drop all specialisations; where a search for a form has failed, those to come are built
         before their first call."""
@@ -212,17 +262,21 @@ class Specialising(ABC):
             self._may_wait = False
         self.steps.clear()
         self._compiled = self._new()
+        self.turns = Turns()
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
         if self.options.capture == "dynamo":
             refuse_switched_off()
         trace = Trace(self._by_pullbacks)
         try:
-            numbers: Any = {
+            how: Any = {
                 "specialize_floats": self._specialize_floats,
                 "fixed_sizes": self._fixed_sizes,
+                "inputs": self.budget.inputs,
+                "logs": self.budget.logs,
             }
-            with capturing(trace, **numbers, inputs=self.budget.inputs, logs=self.budget.logs):
+            branches = speculated(self._fixed_at) if self.speculates else contextlib.nullcontext()
+            with capturing(trace, **how), branches:
                 return self._compiled(*args, **kwargs)
         except Exception as error:
             refusal = as_capture_error(error, trace)
@@ -249,6 +303,7 @@ class Specialising(ABC):
         """Be Dynamo's backend."""
         if self._by_pullbacks:
             refuse_no_grad_in_transforms(captured)
+        take_branches(captured)
         try:
             with set_aside():
                 step = self._build(captured)

@@ -35,6 +35,7 @@ from rewriter.modes import is_watched, set_aside_here, through_modes
 from rewriter.options import Options
 from rewriter.race import fastest, race, with_form, with_seconds
 from rewriter.rewrite import Rewritten
+from rewriter.speculating import OtherBranch, branches_of
 from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, has_saved_tensor_hooks, levels_restored, unwrap_dead
 from rewriter.verifying import Verdict, coarsest, failed, tell, verify_code, verify_step
@@ -106,6 +107,8 @@ class Step:
         self._value: Compiled | None = None
         self._warnings = list(rewritten.detached)
         self._is_compared = False
+        self._branches = branches_of(rewritten.captured)
+        self._first_condition = roles.n_outputs - len(self._branches)
 
     def _compile(self, module: GraphModule, part: str, static: Sequence[int] = ()) -> Compiled:
         name = self.rewritten.function or "the loss"
@@ -133,6 +136,9 @@ class Step:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if explaining.get():
             raise Explained(self.rewritten, inputs)
+        return self._on_condition(inputs) if self._branches else self._called(inputs)
+
+    def _called(self, inputs: Sequence[Any]) -> Sequence[Any]:
         if self._is_wrapped is None:  # guards ask for the same at each call
             self._is_wrapped = any_wrapped(self.tensors(inputs))
         if self._warnings and not value_only.get():
@@ -154,6 +160,31 @@ class Step:
             for position in self._left_off:
                 inputs[position].requires_grad_(False)
 
+    def _on_condition(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Return the outputs of a call that takes the branches which this step is made for.
+
+        Raises:
+            OtherBranch: It takes others; nothing of it has been done.
+        """
+        before = Generators.now() if self.is_random else None
+        leaves = [inputs[i] for i in self._promoted if not inputs[i].requires_grad]
+        try:
+            return self._called(inputs)[: self._first_condition]
+        except BaseException:
+            if before is not None:
+                before.set()
+            for x in leaves:
+                x.requires_grad_(False)
+            raise
+
+    def _look_at_conditions(self, out: Sequence[Any]) -> None:
+        conditions = out[self._first_condition : self.roles.n_outputs]
+        if len(conditions) > 1 and conditions[0].is_cuda:  # wait for the device once
+            conditions = torch.stack([c.reshape(()) for c in conditions]).tolist()
+        for condition, branch in zip(conditions, self._branches, strict=True):
+            if not condition:
+                raise OtherBranch(branch.where)
+
     def _rescued(self, error: Exception, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run the loss as written in place of what has failed; where it runs, the fault is ours,
         and all later calls do.
@@ -163,6 +194,9 @@ class Step:
         """
         if self.options.strict or _is_to_be_raised(error) or has_saved_tensor_hooks():
             raise error
+        if self._branches:
+            # On the other side of a branch there may be no value, for a `cholesky` say.
+            raise OtherBranch from error
         captured = self.rewritten.captured
         outputs = run_in_place(captured, inputs, value_only=value_only.get())
         self._give_up(error)
@@ -230,6 +264,8 @@ class Step:
 
     def _run(self, *inputs: Any) -> Sequence[Any]:
         if self.verdict is not None and self.verdict.is_wrong:
+            if self._branches:
+                raise OtherBranch
             return run_in_place(self.rewritten.captured, inputs, value_only=value_only.get())
         if value_only.get():
             return self.value(inputs)
@@ -250,6 +286,8 @@ class Step:
             self._value = self._compile(self.rewritten.value_graph(), "value", self._parameters)
         with torch.no_grad():
             out = self._value(*inputs)
+            if self._branches:
+                self._look_at_conditions(out)
             self.update(inputs, out)
         return own_tensors(out[: self.roles.n_outputs], inputs)
 
@@ -260,6 +298,8 @@ class Step:
             self._is_settled = self._is_fixed and not is_waiting(run)
         is_settled = self._is_settled and not is_watched()
         out = run(*inputs)
+        if self._branches:
+            self._look_at_conditions(out)
         if self.roles.updated:
             self.update(inputs, out)
         out = self._ownership.taken(out, inputs, is_settled=is_settled)

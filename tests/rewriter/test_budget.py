@@ -93,8 +93,7 @@ def penalty(net: nn.Module, x: Tensor, factor: Any = 1) -> Tensor:
 
 def by_layer(net: nn.Module, x: Tensor) -> Tensor:
     loss = penalty(net, x)
-    if torch.isnan(loss):
-        raise ValueError
+    loss.register_hook(torch.clone)
     return loss
 
 

@@ -98,7 +98,9 @@ def penalty(net: Any, x: Tensor) -> Tensor:
 
 def picky(net: Any, x: Tensor) -> Tensor:
     value = penalty(net, x)
-    return value if not torch.any(torch.isnan(value)) else value * 0
+    if value.requires_grad:
+        value.register_hook(torch.clone)
+    return value
 
 
 KINDS: list[Any] = [Leaf, LeafOfTheSameMemory, FromALeaf, Latent, Three]
