@@ -14,8 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from rewriter.binding import Binding, bound
+from rewriter.branching import Branching
 from rewriter.budget import Budget
 from rewriter.capture import (
     DYNAMO_ERRORS,
@@ -55,7 +57,6 @@ from rewriter.snapshot import restored_on_error
 from rewriter.speculating import OtherBranch, speculated, take_branches
 from rewriter.stateful import set_aside
 from rewriter.step import CaptureAgain, explaining, value_only
-from rewriter.turns import Turns
 from rewriter.uncaptured import Ways
 
 
@@ -112,7 +113,7 @@ class Specialising(ABC):
             compile_function, function, self._built, options.dynamic
         )
         self._compiled = self._new()
-        self.turns = Turns()
+        self.branching = Branching()
 
     @property
     def refusals(self) -> list[CaptureError]:
@@ -149,8 +150,16 @@ class Specialising(ABC):
             reason = refusal
         except OtherBranch:
             undo_draws()
-            return self.as_written(*args, **kwargs)
+            return self._once_as_written(args, kwargs)
         return self._fall_back(reason, args, kwargs)
+
+    def _once_as_written(self, args: Any, kwargs: Any) -> Any:
+        """Run the loss as written in place of a graph: under `no_grad` for its value too."""
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self.as_written(*args, **kwargs)
+        with gradients_on():
+            outputs = self.as_written(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, torch.detach, outputs)
 
     def _captured_call(self, args: Any, kwargs: Any) -> Any:
         """Call the loss through Dynamo's guards.
@@ -162,8 +171,8 @@ class Specialising(ABC):
         self._calls += 1
         misses: Sequence[Miss] = ()
         if self.steps:
-            if self.turns.misses:
-                self.turns.ask()
+            if self.branching.misses:
+                self.branching.ask()
             # The usual case: a specialisation exists, and Dynamo need not be prepared for ours.
             try:
                 return self._compiled(*args, **kwargs)
@@ -195,8 +204,8 @@ class Specialising(ABC):
             OtherBranch: No way is right for them, and none is to be made.
         """
         tried = self._compiled
-        self.turns.miss(found, tried)
-        for way in self.turns.all:
+        self.branching.miss(found, tried)
+        for way in self.branching.all:
             if way is tried:
                 continue
             undo_draws()
@@ -205,16 +214,16 @@ class Specialising(ABC):
                 self._compiled = way
                 return outputs
         undo_draws()
-        if not self.turns.may_have_another:
+        if not self.branching.may_have_another:
             raise found
         self._compiled = self._new()
         try:
             with self.budget.spending((), self._compiled, lambda: self._owners(args, kwargs)):
                 outputs = self._capture_in_some_way(args, kwargs)
         except CaptureError:  # what is there holds for others
-            self._compiled, self.turns.is_closed = tried, True
+            self._compiled, self.branching.is_closed = tried, True
             raise found from None
-        self.turns.all.append(self._compiled)
+        self.branching.all.append(self._compiled)
         return outputs
 
     def _capture_in_some_way(self, args: Any, kwargs: Any) -> Any:
@@ -262,7 +271,7 @@ class Specialising(ABC):
             self._may_wait = False
         self.steps.clear()
         self._compiled = self._new()
-        self.turns = Turns()
+        self.branching = Branching()
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
         if self.options.capture == "dynamo":

@@ -5,7 +5,7 @@ Where host code asks what a tensor's value is (``if loss > 1``, ``assert (x > 0)
 error > tolerance``), what is captured so far is computed for the call at hand, and Dynamo goes on
 with what comes out. The condition becomes one more output of the graph. It is looked at before
 anything is handed out or written (`rewriter.step`): a call for which it is another one is run in
-another way (`rewriter.turns`), so numbers are those of the loss as written whatever the branch.
+another way (`rewriter.branching`), so numbers are those of the loss as written whatever the branch.
 
 A flag that is an input, and that nothing was written to, is a guard instead: it is compared before
 the graph is run.
@@ -14,6 +14,7 @@ the graph is run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import symbolic_convert
+from torch._dynamo.guards import get_verbose_code_parts
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import SliceVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._guards import Source
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import has_side_effect, map_arg
 
 from passes.graph import attribute_of, results, where
 from rewriter.capture import example_of, replaced, tensor_method
@@ -78,7 +81,7 @@ def taken(x: Any, value: Any) -> None:
     """Mark a value in a graph that is being captured: what follows holds if ``x`` is ``value``."""
 
 
-torch.fx.node.has_side_effect(taken)  # it has no users
+has_side_effect(taken)  # it has no users
 
 
 def has_values(x: Tensor, values: Any) -> Tensor:
@@ -168,6 +171,33 @@ def _is_constant(node: Node) -> bool:
     return True
 
 
+def _unchanged_input(node: Node) -> Source | None:
+    """Return where a value comes from that is an input of shape (), read as it came in."""
+    while node.target == "item" or node.target is torch.sym_int:
+        node = node.all_input_nodes[0]
+    argument: Any = node.meta.get("grapharg")
+    example = getattr(argument, "example", None)
+    if node.op != "placeholder" or not isinstance(example, Tensor) or example.dim():
+        return None
+    if argument.source is None or example.dtype.is_floating_point or argument.pass_arg_as_tensor:
+        return None
+    memory = example.untyped_storage()._cdata
+    for other in node.graph.find_nodes(op="placeholder"):
+        written = getattr(example_of(other), "_version", 0)
+        real = getattr(other.meta.get("grapharg"), "example", None)
+        if written and isinstance(real, Tensor) and real.untyped_storage()._cdata == memory:
+            return None
+    return argument.source
+
+
+def _holds_value(builder: Any, guard: Any, *, value: Any) -> None:
+    """Hold for a value of an input. Asked last of all, and always: Dynamo leaves out the guards of
+    a tensor in a module that has the same tensors as before."""
+    kind = type(value).__name__
+    code = [f"{kind}({builder.arg_ref(guard)}) == {value!r}"]
+    builder.add_python_lambda_leaf_guard_to_root(code, get_verbose_code_parts(code, guard))
+
+
 @dataclass(frozen=True)
 class _Modes:
     """What nodes of a graph switch on and off."""
@@ -240,7 +270,9 @@ class _Speculation:
                 proxy = proxy != 0
                 proxy.node.meta["example_value"] = example_of(node) != 0
         values.known[node] = found
-        if values.has_drawn or not _is_constant(node):
+        if (source := _unchanged_input(node)) is not None:
+            output.guards.add(source.make_guard(functools.partial(_holds_value, value=found)))
+        elif values.has_drawn or not _is_constant(node):
             output.create_proxy("call_function", taken, (proxy, found), {})
         return found
 

@@ -167,14 +167,15 @@ class Step:
             OtherBranch: It takes others; nothing of it has been done.
         """
         before = Generators.now() if self.is_random else None
-        leaves = [inputs[i] for i in self._promoted if not inputs[i].requires_grad]
+        switched = [inputs[i] for i in {*self._promoted, *self._left_off}]
+        flags = [x.requires_grad for x in switched]
         try:
             return self._called(inputs)[: self._first_condition]
         except BaseException:
             if before is not None:
                 before.set()
-            for x in leaves:
-                x.requires_grad_(False)
+            for x, flag in zip(switched, flags, strict=True):
+                x.requires_grad_(flag)
             raise
 
     def _look_at_conditions(self, out: Sequence[Any]) -> None:

@@ -128,9 +128,16 @@ def in_parts(net: nn.Module, x: Tensor) -> Tensor:
 
 REFUSED: dict[Any, str] = {
     repeated: "a size that depends on values",
-    counted: "an integer is read from a tensor",
-    in_parts: "an integer is read from a tensor",
 }
+
+
+@pytest.mark.parametrize("loss", [counted, in_parts])
+def test_numbers_that_are_read_are_held_for(loss: Callable[..., Tensor]) -> None:
+    decorated = optimize_nested(loss, backend="eager", strict=True)
+    for _ in range(2):
+        expected = outcome(loss, [small_net()], (signs(3),), {})
+        assert_same(outcome(decorated, [small_net()], (signs(3),), {}), expected)
+    assert len(decorated.steps) == 1
 
 
 @pytest.mark.parametrize("loss", REFUSED)

@@ -20,7 +20,7 @@ CREDIT = 4.0
 HITS = 4
 
 
-class Ways:
+class Branching:
     """The ways through one loss.
 
     Attributes:
