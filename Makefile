@@ -77,6 +77,10 @@ conformance: setup ## Compare PyTorch's operator database with eager, into docs/
 wrong: setup ## Measure what PyTorch gets wrong, into docs/wrong_in_pytorch.md
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.wrong_in_pytorch $(ARGS)
 
+.PHONY: zoo
+zoo: setup ## Check and time losses as people write them, into docs/zoo.md (ARGS="--no-times")
+	$(BIN)/python -W ignore -m tests.zoo $(ARGS)
+
 .PHONY: bench
 bench: setup ## Time the workloads beside PyTorch, into docs/benchmarks.md (ARGS="--quick")
 	$(BIN)/python -m examples.benchmark $(ARGS)

@@ -55,7 +55,7 @@ class Side:
         loss: What is called.
         batch: Returns the arguments of the next call.
         written: The loss as written.
-        said: Warnings about calls that are not captured.
+        said: Warnings, about calls that are not captured or about the loss.
     """
 
     loss: Callable[..., Any]
@@ -112,7 +112,7 @@ def call(side: Side, number: int, row: Loss) -> Left:
         warnings.simplefilter("always")
         value = side.loss(*args)
         if not row.is_whole_step:
-            end = next(x for x in pytree.tree_leaves(value) if _is_end(x))
+            end = next(x for x in pytree.tree_leaves(value) if is_end(x))
             end.backward()
     side.said += [str(w.message) for w in caught if w.category is NestedGradientWarning]
     found = dict(reachable(roots))
@@ -129,7 +129,7 @@ def call(side: Side, number: int, row: Loss) -> Left:
     return left
 
 
-def _is_end(item: Any) -> bool:
+def is_end(item: Any) -> bool:
     return isinstance(item, Tensor) and item.requires_grad and item.numel() == 1
 
 
@@ -224,7 +224,7 @@ def capture_of(side: Side) -> Capture:
     loss: Any = side.loss
     assert isinstance(loss, OptimizedLoss)
     reasons = list(dict.fromkeys(str(refusal) for refusal in loss.refusals))
-    reason = "; ".join(reasons or side.said)
+    reason = "; ".join(reasons)
     if loss.steps and not reason:
         return Capture(RECORDED if _is_recorded(loss) else GRAPH, len(loss.steps))
     if loss.steps:
