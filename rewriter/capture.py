@@ -50,7 +50,12 @@ from torch._dynamo.variables.functions import (
     UserFunctionVariable,
 )
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
-from torch._dynamo.variables.misc import AutogradFunctionVariable, RandomVariable, SuperVariable
+from torch._dynamo.variables.misc import (
+    AutogradFunctionVariable,
+    DebuggingVariable,
+    RandomVariable,
+    SuperVariable,
+)
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
@@ -79,6 +84,7 @@ from rewriter.iterated import as_tuple, with_tuples
 from rewriter.logs import appended_later
 from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
+from rewriter.printed import printed_later
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -674,6 +680,8 @@ def capturing(
         apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
         stack.enter_context(replaced(AutogradFunctionVariable, "call_apply", apply))
         stack.enter_context(tensor_method("backward", _method_backward(trace)))
+        later = printed_later(trace.refuse)
+        stack.enter_context(replaced(DebuggingVariable, "call_function", later))
         for kind, attribute in (
             (SkipFunctionVariable, "value"),
             (UserFunctionVariable, "fn"),

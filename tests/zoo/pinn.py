@@ -553,7 +553,7 @@ LOSSES = (
     Loss(causal_weights, is_slow=True),
     Loss(gradient_enhanced, is_slow=True),
     Loss(weak_form, way=BY_LAYER),
-    Loss(inverse_problem, differs="prints of numbers are lost", is_slow=True),
+    Loss(inverse_problem, is_slow=True),
     Loss(interfaces_by_mask, way=BY_LAYER, is_slow=True),
     Loss(self_adaptive_weights, way=PARTLY),
     Loss(operator_learning, way=BY_LAYER),
