@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.row import Batch, Loss
+from tests.zoo.row import BY_LAYER, Batch, Loss
 
 
 def _mlp(m: int, n: int, width: int = 10) -> nn.Sequential:
@@ -280,8 +280,8 @@ def deep_bsde() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(barrier_by_masks),
-    Loss(reachability),
+    Loss(barrier_by_masks, way=BY_LAYER),
+    Loss(reachability, way=BY_LAYER),
     Loss(stable_dynamics),
     Loss(contraction_metric),
     Loss(verified_lyapunov),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tests.zoo.row import Batch, Loss
+from tests.zoo.row import AS_WRITTEN, BY_LAYER, Batch, Loss
 
 
 def divergence_bf(dx: Tensor, y: Tensor) -> Tensor:
@@ -333,12 +333,12 @@ def lagrangian() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(flow_fixed_steps),
-    Loss(flow_adaptive_steps),
-    Loss(adjoint_method),
-    Loss(regularised_flow),
-    Loss(residual_flow),
-    Loss(equilibrium),
+    Loss(flow_fixed_steps, is_slow=True),
+    Loss(flow_adaptive_steps, way=BY_LAYER, is_slow=True),
+    Loss(adjoint_method, way=BY_LAYER),
+    Loss(regularised_flow, is_slow=True),
+    Loss(residual_flow, way=BY_LAYER),
+    Loss(equilibrium, way=AS_WRITTEN),
     Loss(hamiltonian),
-    Loss(lagrangian),
+    Loss(lagrangian, is_slow=True),
 )

@@ -246,10 +246,10 @@ def matching_trajectories() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(condensation, way=BY_LAYER, is_slow=True),
+    Loss(condensation, is_slow=True),
     Loss(siamese_augmentation, way=BY_LAYER),
-    Loss(deep_leakage, way=BY_LAYER),
+    Loss(deep_leakage, is_slow=True),
     Loss(leakage_closure, way=BY_LAYER, is_whole_step=True),
-    Loss(inverting_gradients, way=BY_LAYER),
-    Loss(matching_trajectories, way=BY_LAYER),
+    Loss(inverting_gradients, way=BY_LAYER, is_slow=True),
+    Loss(matching_trajectories),
 )

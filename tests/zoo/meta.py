@@ -351,13 +351,13 @@ def learned_optimizer() -> tuple[Any, Batch]:
 
 LOSSES = (
     Loss(maml_list_of_weights, way=AS_WRITTEN),
-    Loss(maml_named_parameters, way=BY_LAYER),
+    Loss(maml_named_parameters),
     Loss(maml_cloned_modules),
-    Loss(maml_batch_norm, way=BY_LAYER),
-    Loss(anil_frozen_body, way=BY_LAYER),
+    Loss(maml_batch_norm),
+    Loss(anil_frozen_body),
     Loss(implicit_gradients, way=BY_LAYER),
-    Loss(learned_rates, way=AS_WRITTEN),
+    Loss(learned_rates),
     Loss(virtual_network, way=BY_LAYER),
     Loss(copied_network, way=AS_WRITTEN),
-    Loss(learned_optimizer, way=BY_LAYER),
+    Loss(learned_optimizer),
 )

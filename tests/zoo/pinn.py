@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.row import BY_LAYER, PARTLY, Batch, Loss
+from tests.zoo.row import BY_LAYER, Batch, Loss
 
 
 def _mlp(sizes: list[int], activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -548,13 +548,13 @@ LOSSES = (
     Loss(labelled_conditions, way=BY_LAYER),
     Loss(enforced_conditions, is_slow=True),
     Loss(graph_of_nodes, is_slow=True),
-    Loss(learning_rate_annealing, way=BY_LAYER),
-    Loss(neural_tangent_weights, way=BY_LAYER),
+    Loss(learning_rate_annealing, is_slow=True),
+    Loss(neural_tangent_weights, is_slow=True),
     Loss(causal_weights, is_slow=True),
     Loss(gradient_enhanced, is_slow=True),
     Loss(weak_form, way=BY_LAYER),
     Loss(inverse_problem, is_slow=True),
     Loss(interfaces_by_mask, way=BY_LAYER, is_slow=True),
-    Loss(self_adaptive_weights, way=PARTLY),
+    Loss(self_adaptive_weights),
     Loss(operator_learning, way=BY_LAYER),
 )

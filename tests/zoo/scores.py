@@ -10,7 +10,7 @@ import torch
 import torch.distributions as D
 from torch import Tensor, autograd, nn
 
-from tests.zoo.row import Batch, Loss
+from tests.zoo.row import BY_LAYER, Batch, Loss
 
 
 def _mlp(m: int, n: int, width: int = 10, activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
@@ -253,12 +253,12 @@ def fokker_planck() -> tuple[Any, Batch]:
 
 LOSSES = (
     Loss(sliced_annealed),
-    Loss(normalised_energy),
+    Loss(normalised_energy, is_slow=True),
     Loss(stein_discrepancy),
-    Loss(multivariate_reparametrised),
-    Loss(mean_flow),
+    Loss(multivariate_reparametrised, way=BY_LAYER),
+    Loss(mean_flow, way=BY_LAYER),
     Loss(consistency),
-    Loss(langevin_samples),
-    Loss(moving_average_target),
-    Loss(fokker_planck),
+    Loss(langevin_samples, way=BY_LAYER),
+    Loss(moving_average_target, way=BY_LAYER, is_slow=True),
+    Loss(fokker_planck, way=BY_LAYER),
 )

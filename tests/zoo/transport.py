@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.row import Batch, Loss
+from tests.zoo.row import BY_LAYER, Batch, Loss
 
 
 class _ConvexQuadratic(nn.Module):
@@ -286,9 +286,9 @@ def divergence_of_shape() -> tuple[Any, Batch]:
 LOSSES = (
     Loss(minimax_transport),
     Loss(cycle_regularised),
-    Loss(convex_flow_logdet),
-    Loss(entropic_potential),
+    Loss(convex_flow_logdet, way=BY_LAYER),
+    Loss(entropic_potential, way=BY_LAYER),
     Loss(signed_distance),
-    Loss(volume_rendering),
+    Loss(volume_rendering, is_slow=True),
     Loss(divergence_of_shape),
 )
