@@ -173,6 +173,8 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
     except RuntimeError as error:
         if write_out(captured):
             return prepare(captured, options, function)
+        if "is not implemented" in str(error):
+            raise CaptureError(f"PyTorch's {str(error).splitlines()[0]}") from error
         if not needs_any_size(error):
             raise
         with any_size_differentiable():
