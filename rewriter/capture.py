@@ -84,7 +84,7 @@ from rewriter.iterated import as_tuple, with_tuples
 from rewriter.logs import appended_later
 from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
-from rewriter.printed import printed_later
+from rewriter.printed import formatted_later, printed_later
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -682,6 +682,10 @@ def capturing(
         stack.enter_context(tensor_method("backward", _method_backward(trace)))
         later = printed_later(trace.refuse)
         stack.enter_context(replaced(DebuggingVariable, "call_function", later))
+        translator = symbolic_convert.InstructionTranslatorBase
+        if hasattr(translator, "_format_value"):
+            text = formatted_later(translator._format_value)
+            stack.enter_context(replaced(translator, "_format_value", text))
         for kind, attribute in (
             (SkipFunctionVariable, "value"),
             (UserFunctionVariable, "fn"),

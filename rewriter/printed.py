@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.misc import DebuggingVariable, StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
@@ -60,3 +61,32 @@ def printed_later(refuse: Callable[[str], None]) -> Callable[..., Any]:
         return ConstantVariable.create(None)
 
     return call_function
+
+
+def formatted_later(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Dynamo's handling of a part of a formatted string: that of a number which is read from
+    a tensor is put off as a whole. Dynamo asks for the number first, which a branch on it may do,
+    but no ``f"{loss.item():.4f}"``.
+
+    Args:
+        original: Dynamo's own, ``_format_value``.
+    """
+
+    def format_value(self: Any, fmt_spec: Any, flags: int) -> Any:
+        value = self.stack[-1].realize()
+        if not (isinstance(value, SymNodeVariable) and _is_read(value.sym_num)):
+            return original(self, fmt_spec, flags)
+        self.pop()
+        text = f"{{{_CONVERSIONS[flags & 3]}:{fmt_spec.as_python_constant()}}}"
+        self.push(StringFormatVariable.create(text, [value], {}))
+
+    return format_value
+
+
+_CONVERSIONS = ("", "!s", "!r", "!a")
+
+
+def _is_read(number: Any) -> bool:
+    """Whether a symbolic number is a tensor's value."""
+    is_symbolic = isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return is_symbolic and not number.node.has_hint()
