@@ -69,6 +69,7 @@ from passes.factorised import METHODS
 from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
 from rewriter import scaling
+from rewriter.data import set_data
 from rewriter.errors import (
     CaptureError,
     InternalError,
@@ -372,9 +373,34 @@ def _setattr_on_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
         ):
             _requires_grad_(obj, tx, value)
             return ConstantVariable.create(None)
+        if (
+            isinstance(obj, TensorVariable)
+            and name.is_python_constant()
+            and name.as_python_constant() == "data"
+            and _is_like(obj, value.realize())
+        ):
+            pair = obj.as_proxy(), value.as_proxy()
+            if not _is_same_place(pair):  # what ``x.data -= y`` ends with
+                tx.output.create_proxy("call_function", set_data, pair, {})
+            return ConstantVariable.create(None)
         return original(self, tx, obj, name, value)
 
     return call
+
+
+def _is_like(one: TensorVariable, other: Any) -> bool:
+    """Whether two tensors differ in their values only."""
+    if not isinstance(other, TensorVariable):
+        return False
+    a, b = (example_of(x.as_proxy().node) for x in (one, other))
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _is_same_place(proxies: Sequence[Any]) -> bool:
+    """Whether tensors of one shape are the same part of one memory."""
+    examples = [example_of(proxy.node) for proxy in proxies]
+    places = {(x.untyped_storage()._cdata, x.storage_offset(), x.stride()) for x in examples}
+    return len(places) == 1
 
 
 def _run_node(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -770,6 +796,8 @@ def compile_function(
         if trace.graphs > 1:
             # A derivative in one piece of what lies in another would be a constant, or zero.
             trace.refuse("the graph of the loss was cut into pieces before it could be rewritten")
+        if any(map(_gets_a_history, placeholders(captured.graph))):
+            trace.refuse("a value that carries a gradient is written to an input of the loss")
         build = method()
         assert build is not None, "a specialisation for a loss that is gone"
         made = build(captured, inputs)
@@ -788,6 +816,14 @@ def compile_function(
         # What Dynamo has made of a code object leads back to it where no garbage collector sees it.
         weakref.finalize(own, reset, own.__code__).atexit = False
     return past_the_wrapper(own, compiled, is_capturing)
+
+
+def _gets_a_history(node: Node) -> bool:
+    """Whether an input that has no history has one afterwards: whoever holds it sees that."""
+    given = getattr(node.meta.get("grapharg"), "example", None)
+    if not isinstance(given, Tensor) or not isinstance(example_of(node), Tensor):
+        return False
+    return given.grad_fn is None and example_of(node).grad_fn is not None
 
 
 def _forget_tensors(mode: Any) -> None:

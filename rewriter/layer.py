@@ -23,6 +23,7 @@ from rewriter.binding import Binding, Towers, bind, forward_of, is_active, is_bo
 from rewriter.capture import compile_function, is_observed, is_traced
 from rewriter.chain import base_of
 from rewriter.checking import check_layer
+from rewriter.data import replaced_data
 from rewriter.errors import CaptureError, NestedGradientWarning, OptionError, TooLittleWork
 from rewriter.flags import begin_with_all_on, left_off
 from rewriter.flatten import flatten
@@ -149,6 +150,8 @@ class Tower:
         begin_with_all_on(captured)
         if left_off(captured):
             raise CaptureError("requires_grad is switched off on an input of a module, and left so")
+        if replaced_data(captured.graph):
+            raise CaptureError("a module assigns the data of its parameters or inputs")
         flat = flatten(captured)
         as_written = measure(captured, flat.promoted)
         wanted = as_written.wanted

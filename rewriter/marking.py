@@ -33,12 +33,14 @@ from passes.tracing import values_unknown
 from rewriter import nesting
 from rewriter.as_written import is_checkpoint
 from rewriter.capture import FROM_DATA, example_of
+from rewriter.data import set_data
 from rewriter.errors import CaptureError, NeedsNumber
 from rewriter.flags import left_on, set_requires_grad
-from rewriter.memory import Memory, is_renormalising, requires_grad, written_by
+from rewriter.memory import Memory, requires_grad, storages, written_by
 from rewriter.numbers import is_number
 from rewriter.recurrent import KINDS, layer_by_layer
 from rewriter.stateful import MIXES, write_outside
+from rewriter.writes import SHARES, Writes, is_part, same_place, with_part
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,7 +68,7 @@ class Marking(Interpreter):
     """Interpret a captured graph; derivatives are marked, all else is run."""
 
     def __init__(self, captured: GraphModule, *, expand_points: bool) -> None:
-        super().__init__(captured)
+        super().__init__(captured, garbage_collect_values=False)
         self.expand_points = expand_points
         self.functions: list[UserFunction] = []
         self.depth = 0
@@ -79,11 +81,12 @@ class Marking(Interpreter):
         self.inside: set[Node] = set()
         self.constants: dict[Node, Any] = {}
         self.memory = Memory(captured.graph)
+        self.writes = Writes(captured.graph, self.memory)
         switches = captured.graph.find_nodes(op="call_function", target=set_requires_grad)
         # What a node requires at present, if that changes; an example has the flag of the end.
         self.flags: dict[Node, bool] = {node.args[0]: False for node in switches}
         self.promoted = left_on(captured)
-        self.leaves: dict[Node, tuple[Any, Node]] = {}
+        self.leaves: dict[Node, Any] = {}
         self.renormalised: set[Node] = set()
         self.handlers: dict[Any, Callable[..., Any]] = {
             torch.autograd.grad: self._autograd_grad,
@@ -133,8 +136,12 @@ class Marking(Interpreter):
         node = self.node_running
         if node in self.flags:
             # What is computed from the input before `requires_grad_()` does not carry its gradient.
-            self.leaves[node] = value, node
+            value = self.writes.leaf(node, value)
+            self.leaves[node] = value
             return stop_mark(value)
+        example = example_of(node)
+        if isinstance(example, Tensor) and example.requires_grad:
+            return self.writes.leaf(node, value)
         return value
 
     def run_node(self, n: Node) -> Any:
@@ -144,28 +151,122 @@ class Marking(Interpreter):
         ):
             with set_current_meta(n):
                 return self._set_requires_grad(n)
-        if not self.grad_enabled and self._writes_to_differentiable(n):
-            raise CaptureError(
-                "an in-place write under no_grad to a tensor that requires grad", where(n)
-            )
         if self._stops_one_mode(n):
             raise CaptureError("no_grad inside of forward mode", where(n))
-        self.memory.check_write(n)
         self._stop_what_a_transform_returns(n)
+        if n.op == "output":
+            self.writes.finish()
+        targets = self.writes.targets(n)
+        if targets:
+            return self._write(n, targets)
+        out = self._executed(n)
+        if n.op == "output":
+            return out
+        stops = n.op not in ("placeholder", "get_attr") and self._stops(n)
+        self.memory.add(n, copied=stops or n.target in _COPIES)
+        return pytree.tree_map_only(Tensor, _stopped, out) if stops else out
+
+    def _executed(self, n: Node) -> Any:
         try:
             with self._constants_read(n):
-                out = super().run_node(n)
+                return super().run_node(n)
         except (CaptureError, NeedsBatchedPoint):
             raise
         except Exception as error:
             if any(map(is_number, n.all_input_nodes)):
                 raise NeedsNumber("a Python number is needed", where(n)) from error
             raise CaptureError(f"{n.target}: {str(error).splitlines()[0]}", where(n)) from error
-        if n.op == "output":
-            return out
-        stops = n.op not in ("placeholder", "get_attr") and self._stops(n)
-        self.memory.add(n, copied=stops or n.target in _COPIES)
-        return pytree.tree_map_only(Tensor, _stopped, out) if stops else out
+
+    def _write(self, n: Node, targets: list[Node]) -> Any:
+        """Write, and let all that has the same memory as written have the new values."""
+        parted = self.memory.parted(n)
+        if n.target is set_data:
+            return self._set_data(n, *n.args)
+        constant = [w for w in targets if not self.grad_enabled and self._requires_grad(w)]
+        if self.depth and (constant or parted):
+            raise CaptureError(SHARES if parted else _UNDER_NO_GRAD, where(n))
+        self.writes.check_joined(n)
+        own = {w: self.env[w] for w in constant}
+        for w in constant:
+            self.env[w] = stop_mark(own[w])
+        out = self._executed(n)
+        for w in constant:
+            new, self.env[w] = self.env[w], own[w]
+            self.writes.set(own[w], new)
+        for w in targets:
+            self.writes.note(w)
+            self._keep_while_off(w)
+        self._pass_on(n, parted)
+        returned = [w for w in targets if example_of(w) is example_of(n)]
+        self.memory.add(n, copied=False)
+        return self.env[returned[0]] if returned else out
+
+    def _keep_while_off(self, node: Node) -> None:
+        """Let a leaf whose flag is off at present hold what was written to it when it is on
+        again."""
+        if node in self.leaves and not self.flags[node]:
+            self.writes.set(self.leaves[node], self.env[node])
+
+    def _pass_on(self, n: Node, parted: list[tuple[Node, Node]]) -> None:
+        """Let what shares memory with what was written to as written, but not here, have the new
+        values; a derivative stops on the way.
+
+        Raises:
+            CaptureError: It is another part of the memory.
+        """
+        done: set[Node] = set()
+        for target, other in parted:
+            owner = self.memory.owner[other]
+            if owner in done:
+                continue
+            done.add(owner)
+            news, olds = (self._sharing(target, one) for one in (self.memory.owner[target], owner))
+            whole = next(((a, b) for a in news for b in olds if same_place(a, b)), None)
+            part = next((b for b in olds if is_part(target, b)), None)
+            if whole is not None:
+                new, old = self.env[whole[0]], whole[1]
+            elif part is not None:
+                new, old = with_part(self.env[part], self.env[target], target, part), part
+            else:
+                raise CaptureError(SHARES, where(n))
+            self.writes.note(old)
+            if self._requires_grad(old):
+                if self.memory.owner[target].target is _AUTOGRAD._get_data_attr:
+                    self.writes.check_behind(n, [old])
+                self.writes.set(self.env[old], new)
+            else:
+                self.env[old].copy_(stop_mark(new))
+                self._keep_while_off(old)
+
+    def _sharing(self, target: Node, owner: Node) -> list[Node]:
+        """Return the values that have the same memory as ``target`` as written, and here that of
+        ``owner``."""
+        known = {n for storage in storages(target) for n in self.memory.at.get(storage, ())}
+        return [
+            n
+            for n in sorted(known, key=self.memory.position.__getitem__)
+            if self.memory.owner[n] is owner and isinstance(example_of(n), Tensor) and n in self.env
+        ]
+
+    def _set_data(self, n: Node, x: Node, value: Node) -> Any:
+        """Do what ``x.data = value`` does: other names of the memory keep the old values."""
+        if self.depth:
+            raise CaptureError("x.data is assigned inside of a transform", where(n))
+        here = {other for storage in storages(x) for other in self.memory.at.get(storage, ())}
+        shared = {o for o in here - {x} if self.memory.owner[o] is self.memory.owner[x]}
+        if any(self.memory.position[u] > self.memory.position[n] for o in shared for u in o.users):
+            raise CaptureError(SHARES, where(n))
+        self.writes.check_joined(n)
+        self.writes.note(x)
+        if self._requires_grad(x):
+            self.writes.check_behind(n, [x])
+            self.writes.set(self.env[x], self.env[value])
+        else:
+            self.env[x].copy_(stop_mark(self.env[value]))
+            self._keep_while_off(x)
+        self.writes.join(x, value)
+        self.memory.add(n, copied=False)
+        return self.env[x]
 
     def _stop_what_a_transform_returns(self, node: Node) -> None:
         """Stop, where it is read outside, what a transform under `no_grad` has computed: inside of
@@ -208,11 +309,6 @@ class Marking(Interpreter):
             else self.flags[read]
             for read in node.all_input_nodes
         )
-
-    def _writes_to_differentiable(self, node: Node) -> bool:
-        if is_renormalising(node):
-            return False  # it has no derivative, under `no_grad` or not
-        return any(map(self._requires_grad, written_by(node)))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in FROM_DATA and not self.node_running.all_input_nodes:
@@ -280,15 +376,16 @@ class Marking(Interpreter):
         self.flags[source] = bool(flag)
         if source in self.leaves and flag:
             # The same leaf as before: what was computed from it leads to it still.
-            self.env[source], self.memory.owner[source] = self.leaves[source]
+            self.env[source] = self.leaves[source]
         else:
             with values_unknown():
                 self.env[source] = (leaf_mark if flag else stop_mark)(self.env[source])
             self.memory.add(source, copied=True)
         if flag and source not in self.leaves:
-            self.leaves[source] = self.env[source], self.memory.owner[source]
+            self.env[source] = self.writes.leaf(source, self.env[source])
+            self.leaves[source] = self.env[source]
         self.memory.add(node, copied=True)
-        self.memory.owner[node] = self.memory.owner[source]
+        self.memory.owner[source] = node  # names from before are apart from now on
         return self.env[source]
 
     def _data(self, x: Tensor) -> Tensor:
@@ -575,7 +672,7 @@ class Marking(Interpreter):
     ) -> tuple[Any, ...]:
         """Mark the derivatives that are not None; Dynamo ran autograd on fake tensors and knows
         which are."""
-        outputs, inputs = _as_list(outputs), _as_list(inputs)
+        outputs, inputs = _as_list(outputs), list(map(self.writes.point, _as_list(inputs)))
         seeds = [None] * len(outputs) if grad_outputs is None else _as_list(grad_outputs)
         seeds = [
             torch.ones_like(u) if seed is None else seed
@@ -637,6 +734,8 @@ def _stopped(x: Tensor) -> Tensor:
 
 # What a transform does with the results of its body.
 _CLOSING = {_C._unwrap_for_grad, nesting.unwrap_for_grad, eager_transforms._autograd_grad}
+
+_UNDER_NO_GRAD = "an in-place write under no_grad to a tensor that requires grad"
 
 # What returns a copy here, and as written the tensor itself or a part of it.
 _COPIES = {_AUTOGRAD._get_data_attr}

@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from passes.graph import where
 from rewriter.capture import example_of
-from rewriter.errors import CaptureError
 from rewriter.stateful import is_wrapped, write_outside
 
 _C: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,7 +45,7 @@ def written_by(node: Node) -> list[Node]:
     ):
         found = [node.args[0] if node.args else node.kwargs.get("input")]
     found += pytree.tree_leaves(node.kwargs.get("out"))
-    return [item for item in found if isinstance(item, Node)]
+    return [item for item in pytree.tree_leaves(found) if isinstance(item, Node)]
 
 
 def is_renormalising(node: Node) -> bool:
@@ -75,7 +73,7 @@ def _levels(x: Any) -> Iterator[Tensor]:
         x = _C.get_unwrapped(x) if is_wrapped(x) else None
 
 
-def _storages(node: Node) -> set[int]:
+def storages(node: Node) -> set[int]:
     """Return what memory the value of a node lies in as written."""
     plain = [
         [*_levels(x)][-1] for x in pytree.tree_leaves(example_of(node)) if isinstance(x, Tensor)
@@ -102,28 +100,29 @@ class Memory:
             node: The node that made it.
             copied: Whether it is a copy where as written it may share memory with what was read.
         """
-        found = _storages(node)
+        found = storages(node)
         self.owner[node] = node
         if not copied:
-            sources = [n for n in node.all_input_nodes if n in self.owner and _storages(n) & found]
+            sources = [n for n in node.all_input_nodes if n in self.owner and storages(n) & found]
             self.owner[node] = self.owner[sources[0]] if sources else node
         for storage in found:
             self.at.setdefault(storage, []).append(node)
 
-    def check_write(self, node: Node) -> None:
-        """Check that a write reaches every value that is read later and has the same memory as
-        written.
+    def parted(self, node: Node) -> list[tuple[Node, Node]]:
+        """Return the values that a write does not reach, and that are read later and have the same
+        memory as written: each with what is written to."""
+        return [
+            (target, other)
+            for target in written_by(node)
+            for other in {n for storage in storages(target) for n in self.at.get(storage, ())}
+            if self.owner.get(other) is not self.owner.get(target) and self._counts(other, node)
+        ]
 
-        Raises:
-            CaptureError: It does not.
-        """
-        for target in written_by(node):
-            for other in {n for storage in _storages(target) for n in self.at.get(storage, ())}:
-                if self.owner.get(other) is self.owner.get(target):
-                    continue
-                later = any(self.position[user] > self.position[node] for user in other.users)
-                if later or other.op in ("placeholder", "get_attr"):
-                    raise CaptureError(
-                        "an in-place write to a tensor that shares memory with a detached one",
-                        where(node),
-                    )
+    def _counts(self, other: Node, node: Node) -> bool:
+        later = any(self.position[user] > self.position[node] for user in other.users)
+        return later or other.op in ("placeholder", "get_attr")
+
+    def is_read_later(self, memory: set[int], node: Node) -> bool:
+        """Whether a value in this memory is read after a node, by another one."""
+        found = {n for storage in memory for n in self.at.get(storage, ())}
+        return any(self._counts(other, node) for other in found)

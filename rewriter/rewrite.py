@@ -171,6 +171,8 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
     try:
         as_written = measure(captured, flat.promoted)
     except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):  # as written, too
+            raise CaptureError("a value that a derivative needs is changed in place") from error
         if write_out(captured):
             return prepare(captured, options, function)
         if "is not implemented" in str(error):

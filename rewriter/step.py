@@ -19,6 +19,7 @@ from rewriter.as_written import run_in_place, without_checkpoints
 from rewriter.capture import is_observed, is_parameter
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
+from rewriter.data import replaced_data
 from rewriter.errors import NestedGradientWarning, NotRewritten, OptimizeNestedError
 from rewriter.flags import left_off
 from rewriter.generators import Generators, generators_restored
@@ -101,6 +102,7 @@ class Step:
         self._parameters = [i for i, x in enumerate(captured) if is_parameter(x)]
         self._hollow, self._promoted = rewritten.as_written.hollow, rewritten.flat.promoted
         self._left_off = left_off(rewritten.captured)
+        self._replaced = replaced_data(rewritten.captured.graph)
         self.tensors, self._wanted = _picker(tensors), _picker(roles.wanted)
         self._forward: Compiled | None = None
         self._backward: Compiled | None = None
@@ -316,7 +318,10 @@ class Step:
         for position, value in zip(
             self.roles.updated, out[self.roles.n_outputs : self.n_early], strict=True
         ):
-            inputs[position].copy_(value)
+            if position in self._replaced:
+                inputs[position].data = value.clone()
+            else:
+                inputs[position].copy_(value)
 
     def pull_back(self, residuals: Sequence[Any], cotangents: Sequence[Tensor]) -> Sequence[Any]:
         """Return the gradients from residuals and cotangents."""

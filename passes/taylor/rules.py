@@ -67,7 +67,8 @@ def series_of(jets: Jets, target: Any, out: Any, args: tuple, kwargs: dict, alon
         return RULES_OF_SERIES[target](jets, target, out, args, kwargs, along)
     if function_of(target, kwargs) is not None:
         return _elementwise(jets, target, out, args, kwargs, along)
-    raise NoSeries(f"{target.name()}: no Taylor rule")
+    name = target.name() if isinstance(target, torch._ops.OpOverload) else str(target)
+    raise NoSeries(f"{name}: no Taylor rule")
 
 
 def _can_move(out: Any) -> bool:

@@ -612,19 +612,6 @@ def write_to_a_detached_view(net: nn.Module, x: Tensor) -> Tensor:
     return grad(u.sum(), x, create_graph=True)[0].square().sum() + u.sum()
 
 
-def write_to_data(net: nn.Module, x: Tensor) -> Tensor:
-    u = 2 * net(x)
-    u.data.mul_(3)
-    return grad(u.sum(), x, create_graph=True)[0].square().sum() + u.sum()
-
-
-def write_to_the_source_of_a_leaf(net: nn.Module, x: Tensor) -> Tensor:
-    v = net(x).detach() * x.detach()
-    p = v.detach().requires_grad_()
-    v.mul_(3)
-    return grad(net(p).sum(), p, create_graph=True)[0].square().sum()
-
-
 def loop_over_numbers(net: nn.Module, x: Tensor) -> Tensor:
     g = grad(net(x).sum(), x, create_graph=True)[0]
     dims, total = torch.tensor([1, 0]), torch.zeros((), dtype=x.dtype)
@@ -654,8 +641,6 @@ def steps_read_from_a_tensor(net: nn.Module, x: Tensor) -> Tensor:
         (loop_over_a_list_of_numbers, "read from a tensor; index with tensors of one dimension"),
         (steps_read_from_a_tensor, "or pass Python integers"),
         (write_to_a_detached_view, "shares memory"),
-        (write_to_data, "shares memory"),
-        (write_to_the_source_of_a_leaf, "shares memory"),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
