@@ -103,6 +103,7 @@ from rewriter.substitutes import (
     standard_bases,
     without_a_name,
 )
+from rewriter.telling import CLOCKS, told_later
 
 functorch_c: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _lock = threading.RLock()
@@ -297,6 +298,9 @@ def _call_substitute(
         function = getattr(self, attribute, None)  # a closure has none
         if function is random.random and not args and not kwargs:
             return user_defined.call_random_fn(tx, random.random, [], {})
+        if function in CLOCKS and not args and not kwargs:
+            read = user_defined.call_random_fn(tx, function, [], {})
+            return TensorVariable.call_method(read, tx, "item", [], {})
         if function is torch.autograd.backward:
             return _trace_backward(trace, tx, *args, **kwargs)
         if function in bodies:
@@ -694,6 +698,7 @@ def capturing(
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_open(inputs))
         stack.enter_context(appended_later(logs, trace.refuse))
+        stack.enter_context(told_later(trace.refuse))
         stack.enter_context(_quiet())
         stack.enter_context(tensor_method("requires_grad_", _requires_grad_))
         for name, body in METHODS.items():
