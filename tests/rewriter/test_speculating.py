@@ -155,7 +155,7 @@ def test_a_branch_that_goes_the_other_way(loss: Callable[..., Any]) -> None:
 
 def test_a_flag_that_is_an_input_is_a_guard() -> None:
     """Nothing is computed in vain, however often it changes."""
-    net = Net()
+    net: Any = Net()
     made = optimize_nested(of_flag, backend="eager", strict=True)
     for i in range(8):
         net.flag.fill_(i % 2 == 0)
