@@ -83,6 +83,7 @@ from rewriter.generators import noted
 from rewriter.guarded import past_the_wrapper
 from rewriter.iterated import as_tuple, with_tuples
 from rewriter.logs import appended_later
+from rewriter.made_inside import calling_parameter, calling_variable, outlives
 from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
 from rewriter.printed import formatted_later, printed_later
@@ -200,10 +201,8 @@ def _handle_autograd_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         flat = TupleVariable(list(inputs.items.values()))
         args = (args[0], flat, *args[2:]) if len(args) > 1 else args
         kwargs = kwargs if len(args) > 1 else {**kwargs, "inputs": flat}
-    args, kwargs = with_tuples(tx, args, kwargs)
-    proxy = tx.output.create_proxy(
-        "call_function", torch.autograd.grad, *_proxy_arguments(args, kwargs)
-    )
+    given = with_tuples(tx, args, kwargs)
+    proxy = tx.output.create_proxy("call_function", torch.autograd.grad, *_proxy_arguments(*given))
     # Backward operators may read numbers (`index_put` with a mask) that no traced value holds.
     with tx.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
         result = wrap_fx_proxy(tx=tx, proxy=proxy)
@@ -731,6 +730,12 @@ def capturing(
             (TensorVariable, "call_method"),
         ):
             stack.enter_context(replaced(kind, name, _leaf_made(getattr(kind, name))))
+        made = calling_variable(user_defined.UserDefinedClassVariable.call_function)
+        stack.enter_context(replaced(user_defined.UserDefinedClassVariable, "call_function", made))
+        if hasattr(TorchInGraphFunctionVariable, "call_nn_parameter"):
+            own = TorchInGraphFunctionVariable.call_nn_parameter
+            made = classmethod(calling_parameter(own, _requires_grad_))
+            stack.enter_context(replaced(TorchInGraphFunctionVariable, "call_nn_parameter", made))
         held = _method_of_random(RandomVariable.call_method, trace)
         stack.enter_context(replaced(RandomVariable, "call_method", held))
         if hasattr(symbolic_convert, "is_stdlib"):
@@ -803,6 +808,8 @@ def compile_function(
             trace.refuse("the graph of the loss was cut into pieces before it could be rewritten")
         if any(map(_gets_a_history, placeholders(captured.graph))):
             trace.refuse("a value that carries a gradient is written to an input of the loss")
+        if outlives(captured):
+            trace.refuse("a parameter that is made in the loss is kept after it")
         build = method()
         assert build is not None, "a specialisation for a loss that is gone"
         made = build(captured, inputs)

@@ -248,7 +248,7 @@ class Marking(Interpreter):
             if self.memory.owner[n] is owner and isinstance(example_of(n), Tensor) and n in self.env
         ]
 
-    def _set_data(self, n: Node, x: Node, value: Node) -> Any:
+    def _set_data(self, n: Node, x: Any, value: Any) -> Any:
         """Do what ``x.data = value`` does: other names of the memory keep the old values."""
         if self.depth:
             raise CaptureError("x.data is assigned inside of a transform", where(n))

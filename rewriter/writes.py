@@ -56,7 +56,9 @@ class Writes:
         """Return the nodes whose tensors a node gives new values by a write."""
         if is_renormalising(node):
             return []
-        return [node.args[0]] if node.target is set_data else written_by(node)
+        if node.target is set_data:
+            return [x for x in node.args[:1] if isinstance(x, Node)]
+        return written_by(node)
 
     def leaf(self, node: Node, value: Tensor) -> Tensor:
         """Return a leaf's value as a tensor that may be written to, and is the same leaf to
