@@ -507,8 +507,10 @@ def main() -> int:
             print(line, flush=True)
     lines = [line for name in known if (line := done.get(name)) is not None]
     if not options.only:
-        text = TABLE.read_text().split("\n" + TITLE, 1)[0]
-        TABLE.write_text(text + page(lines, sum(name not in done for name in known)))
+        text, _, old = TABLE.read_text().partition("\n" + TITLE)
+        _, found, rest = old.partition("\n## ")  # what `tests.narrowed` writes
+        left = sum(name not in done for name in known)
+        TABLE.write_text(text + page(lines, left) + found + rest)
     return int(any(line.ours < line.theirs for line in lines))
 
 

@@ -89,7 +89,10 @@ def run_cut(label: str, known: dict[str, Any]) -> Result:
     for sample in samples:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = run_sample(name, cut(sample, how), ("auto",))
+            try:
+                result = run_sample(name, cut(sample, how), ("auto",))
+            except RuntimeError as error:  # of differences, where nothing else looks at the sizes
+                result = Result(name, REFUSED, (), str(error).splitlines()[0])
         if result.result not in (SKIPPED, REFUSED):
             break
     return dataclasses.replace(result, entry=label)

@@ -24,6 +24,8 @@ from tests.conformance import (
 )
 from tests.degenerate import TITLE, Line
 from tests.degenerate import run_entry as run_three_times
+from tests.narrowed import TITLE as CUT
+from tests.narrowed import run_cut
 from tests.versions import second_derivative_of_grid_sample
 
 # A few of every family, and each entry that has been wrong once.
@@ -107,9 +109,24 @@ def test_three_times(name: str) -> None:
     assert line.ours == line.numbers > 0, line.note
 
 
+def test_cut_tensors() -> None:
+    """Nothing on the page is wrong, and nothing crashes, for tensors of nothing or one element."""
+    section = TABLE.read_text().split(CUT, 1)[1]
+    counts = re.findall(r"^\| (?:no rows|one row|one element) \|(.*)\|$", section, re.MULTILINE)
+    assert [count.split("|")[-2:] for count in counts] == [[" 0 ", " 0 "]] * 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["no rows", "one row"])
+@pytest.mark.parametrize("name", ["nn.BatchNorm1d", "cumprod"])
+def test_cut_entry(name: str, how: str) -> None:
+    result = run_cut(f"{name}: {how}", known())
+    assert result.result == REWRITTEN, result.reason
+
+
 def test_special_points() -> None:
     """Nowhere on the page PyTorch has more right than we have."""
-    section = TABLE.read_text().split(TITLE, 1)[1]
+    section = TABLE.read_text().split(TITLE, 1)[1].split("\n## ", 1)[0]
     rows = [
         re.split(r" \| ", row) for row in section.splitlines() if re.search(r" \| \d+ \| ", row)
     ]
