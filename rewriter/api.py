@@ -168,6 +168,7 @@ class OptimizedLoss(Specialising):
             breaks=[refusal.said for refusal in self.refusals],
             spent=self.budget.spent,
             tiers=[line for step in own for line in step.tiers],
+            raced=[str(step.race) for step in own if getattr(step, "race", None) is not None],
             verified="; ".join(step.verdict.said for step in own if step.verdict is not None),
         )
 

@@ -30,6 +30,7 @@ def make_report(
     breaks: Sequence[str] = (),
     tiers: Sequence[str] = (),
     spent: Spent | None = None,
+    raced: Sequence[str] = (),
     verified: str = "",
 ) -> Report:
     """Build the report of a rewritten loss.
@@ -39,6 +40,7 @@ def make_report(
         specialisations: All there are so far.
         breaks: Why calls of the loss were not captured.
         tiers: What runs its graphs at present.
+        raced: What the clock has said.
         spent: What captures have come to.
         verified: What came of comparing it with the loss as written.
     """
@@ -71,6 +73,7 @@ def make_report(
         recompiles=_recompiles(specialisations),
         spent=spent or Spent(),
         tiers=tuple(tiers),
+        raced=tuple(raced),
         verified=verified,
     )
 

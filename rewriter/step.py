@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import is_random, needs, placeholders, results, value_of
 from passes.linearize import Linearization, split
-from rewriter.as_written import run_in_place, without_checkpoints
+from passes.price import count_matmuls, evaluated, size_hints
+from rewriter.as_written import bytes_kept, run_in_place, without_checkpoints
 from rewriter.capture import is_observed, is_parameter
 from rewriter.checking import check_step
 from rewriter.codegen import Compiled, compile_graph
@@ -39,6 +40,7 @@ from rewriter.rewrite import Rewritten
 from rewriter.speculating import OtherBranch, branches_of
 from rewriter.start import Tiered, code_for, is_waiting
 from rewriter.stateful import any_wrapped, has_saved_tensor_hooks, levels_restored, unwrap_dead
+from rewriter.turns import Turns
 from rewriter.verifying import Verdict, coarsest, failed, tell, verify_code, verify_step
 
 # Whether the caller of the decorated loss has gradients switched off: capture happens with them on.
@@ -107,6 +109,10 @@ class Step:
         self._forward: Compiled | None = None
         self._backward: Compiled | None = None
         self._value: Compiled | None = None
+        self.race = _race(rewritten, options)
+        self._is_raced = self.race is not None
+        self._is_slower = False
+        self._shapes: list[torch.Size] | None = None
         self._warnings = list(rewritten.detached)
         self._is_compared = False
         self._branches = branches_of(rewritten.captured)
@@ -155,6 +161,8 @@ class Step:
         try:
             if set_aside_here():
                 return through_modes(self._run, *inputs)
+            if self._is_raced and not value_only.get():
+                return self._in_turns(inputs)
             return self._run(*inputs)
         except Exception as error:
             return self._rescued(error, inputs)
@@ -187,6 +195,28 @@ class Step:
         for condition, branch in zip(conditions, self._branches, strict=True):
             if not condition:
                 raise OtherBranch(branch.where)
+
+    def _in_turns(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Run the graph or the loss as written, whose turn it is, until the clock has decided."""
+        race = self.race
+        assert race is not None
+        is_told = self.verdict is not None and self.verdict.is_wrong
+        if race.is_over or is_told:
+            self._is_raced = False
+            self._is_slower = race.is_over and race.winner == 1
+            return self._run(*inputs)
+        if self._forward is None or is_waiting(self._forward) or is_observed():
+            return self._run(*inputs)
+        shapes = [x.shape for x in self.tensors(inputs)]
+        if self._shapes is None:  # the call may still compile its backward pass
+            self._shapes = shapes
+            return self._run(*inputs)
+        if shapes != self._shapes:
+            return self._run(*inputs)
+        return race.run((self._run, self._as_written)[race.turn], inputs, {})
+
+    def _as_written(self, *inputs: Any) -> Sequence[Any]:
+        return run_in_place(self.rewritten.captured, inputs, value_only=value_only.get())
 
     def _rescued(self, error: Exception, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run the loss as written in place of what has failed; where it runs, the fault is ours,
@@ -269,7 +299,9 @@ class Step:
         if self.verdict is not None and self.verdict.is_wrong:
             if self._branches:
                 raise OtherBranch
-            return run_in_place(self.rewritten.captured, inputs, value_only=value_only.get())
+            return self._as_written(*inputs)
+        if self._is_slower:
+            return self._as_written(*inputs)
         if value_only.get():
             return self.value(inputs)
         if not self.roles.differentiable:
@@ -383,6 +415,31 @@ class Step:
         if len(given) == len(self.roles.differentiable):
             return None
         return {i for end in given for i in self.rewritten.as_written.reached[end]}
+
+
+def _race(rewritten: Rewritten, options: Options) -> Turns | None:
+    """Return a race with the loss as written, unless it is plain which is quicker."""
+    if branches_of(rewritten.captured):  # the loss as written writes before they are looked at
+        return None
+    if not options.is_raced or options.mode == "reduce-overhead" or not rewritten.roles.wanted:
+        return None
+    written, taken = rewritten.as_written, rewritten.choice.taken
+    hints = size_hints(rewritten.joint)
+    kernels = taken.kernels + count_matmuls(rewritten.joint)
+    flops = evaluated(written.flops, hints)
+    if flops >= _PLAIN * taken.flops and written.kernels >= _PLAIN * kernels:
+        return None
+
+    def is_leaner() -> bool:
+        kept = bytes_kept(rewritten.captured, rewritten.flat.promoted)
+        return kept < (1 - _NEAR) * taken.bytes_kept
+
+    return Turns(("one graph", "as written"), sure=_SURE, near=_NEAR, is_leaner=is_leaner)
+
+
+# A graph with so many times fewer FLOPs and kernels is the quicker one; so is one of whose calls
+# the first takes so much less than that of the loss as written. Nearer than this memory decides.
+_PLAIN, _SURE, _NEAR = 2.0, 1.3, 0.1
 
 
 def _is_to_be_raised(error: Exception) -> bool:

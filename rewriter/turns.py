@@ -7,6 +7,8 @@ call's results to its end.
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,10 +61,23 @@ class Turns:
     Attributes:
         names: What they are called; the first is kept where noise does not part them.
         rounds: How many calls of each are timed.
+        sure: How many times as long the second has to take for one call of each to be enough.
+        near: What the second has to be quicker by, as a part of the first, to be kept for that
+            alone; where it is not, and the first is not either, ``is_leaner`` is asked.
+        is_leaner: Whether the second keeps so much less memory that it is to be taken.
     """
 
-    def __init__(self, names: tuple[str, str], rounds: int = ROUNDS) -> None:
-        self.names, self.rounds = names, rounds
+    def __init__(
+        self,
+        names: tuple[str, str],
+        rounds: int = ROUNDS,
+        *,
+        sure: float = math.inf,
+        near: float = NOISE,
+        is_leaner: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.names, self.rounds, self.sure = names, rounds, sure
+        self.near, self._is_leaner = near, is_leaner
         self._samples: tuple[list[Sample], list[Sample]] = ([], [])
         self._calls = 0
 
@@ -74,7 +89,12 @@ class Turns:
     @property
     def is_over(self) -> bool:
         """Whether each form has had its calls."""
-        return all(len(samples) >= self.rounds for samples in self._samples)
+        if all(len(samples) >= self.rounds for samples in self._samples):
+            return True
+        if self.sure == math.inf or not all(self._samples):
+            return False
+        seconds = self._quickest()
+        return seconds is not None and self.sure * seconds[0] < seconds[1]
 
     def run(self, form: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the form whose turn it is, and time it; one that raises is not counted."""
@@ -94,8 +114,9 @@ class Turns:
     @property
     def seconds(self) -> tuple[float, float] | None:
         """The quickest call of each form; None before all have been timed."""
-        if not self.is_over:
-            return None
+        return self._quickest() if self.is_over else None
+
+    def _quickest(self) -> tuple[float, float] | None:
         whole = [[s for s in each if s.backward is not None] for each in self._samples]
         if any(whole) and not all(whole):
             return None
@@ -105,11 +126,16 @@ class Turns:
         )
         return one, other
 
-    @property
+    @functools.cached_property
     def winner(self) -> int:
-        """The form that is kept: the second only if it is the quicker, by more than noise."""
+        """The form that is kept, once the race is over."""
         seconds = self.seconds
-        return int(seconds is not None and seconds[1] < (1 - NOISE) * seconds[0])
+        if seconds is None:
+            return 0
+        one, other = seconds
+        if other < (1 - self.near) * one:
+            return 1
+        return int(other < (1 + self.near) * one and self._is_leaner())
 
     def __str__(self) -> str:
         seconds = self.seconds

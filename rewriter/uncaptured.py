@@ -27,6 +27,8 @@ _MOST = 512
 _STREAK, _PAUSE = 8, 1000
 # After how many calls a loss's modules are looked for again.
 _AGAIN = 100
+# Calls of sizes that cannot be compared, before the loss as written is kept.
+_MOST_OTHERS = 50
 # A first call may not come to what others call.
 _CALLS = 2
 
@@ -148,6 +150,8 @@ class _Raced:
     ) -> None:
         self._owner, self._turns, self._settle = owner, turns, settle
         self._forms: Sequence[Way] = (owner.as_written, by_layer)
+        self._key: Any = None
+        self._others = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         turns = self._turns
@@ -158,6 +162,13 @@ class _Raced:
         if not self._owner.is_on or is_recorded():
             return self._owner.as_written(*args, **kwargs)
         if is_watched():  # a profiler's time is not the user's
+            return self._forms[-1](*args, **kwargs)
+        key = exact_key(args, kwargs)
+        self._key = self._key or key
+        if key != self._key:  # of another size
+            self._others += 1
+            if self._others > _MOST_OTHERS:
+                self._settle(self._owner.as_written)
             return self._forms[-1](*args, **kwargs)
         return turns.run(self._forms[turns.turn], args, kwargs)
 

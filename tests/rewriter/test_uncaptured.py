@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
-from rewriter import NestedGradientWarning, optimize_nested, turns
+from rewriter import NestedGradientWarning, optimize_nested, step, turns
+from rewriter.step import Step
 from rewriter.turns import Turns
 from tests.cases import mlp
 from tests.rewriter.test_handing_out import python_calls
@@ -309,3 +310,80 @@ def test_compiled_autograd_around_a_raced_pass() -> None:
     with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
         value.backward()
     torch.testing.assert_close(x.grad, 2 * X)
+
+
+# One graph
+
+
+def with_state(net: nn.Module, counter: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    counter += 1
+    (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return nn.functional.dropout(g, 0.5).square().sum(), net(x).mean()
+
+
+@pytest.mark.parametrize(
+    ("ours", "written", "leaner", "kept", "timed"),
+    [
+        (1, 2, False, "one graph", 1),  # plainly quicker: one call as written
+        (2, 1, False, "as written", 5),
+        (1, 1.05, False, "one graph", 5),
+        (1, 1.05, True, "as written", 5),  # within a tenth the memory decides
+        (1, 1.2, True, "one graph", 5),
+    ],
+)
+def test_one_graph_stays_where_it_is_quicker(
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    ours: float,
+    written: float,
+    leaner: bool,
+    kept: str,
+    timed: int,
+) -> None:
+    runs: list[str] = []
+
+    def taking(seconds: float, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            clock.now += seconds
+            runs.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Step, "forward", taking(ours, "one graph", Step.forward))
+    in_place = taking(written, "as written", step.run_in_place)
+    monkeypatch.setattr(step, "run_in_place", in_place)
+    monkeypatch.setattr(step, "bytes_kept", lambda *_: 0 if leaner else 10**9)
+    loss = optimize_nested(with_state, **DYNAMO, race=True, verify=False)
+    found = []
+    for function in (loss, with_state):
+        torch.manual_seed(0)
+        net, counter = mlp(nn.Tanh, 2, 6, 2), torch.zeros(())
+        values: list[Tensor] = []
+        for _ in range(14):
+            x = X.clone().requires_grad_()
+            one, other = function(net, counter, x)
+            (one + other).backward()
+            values += [one.detach(), other.detach()]
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        found.append([*values, *grads, counter, torch.get_rng_state()])
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=0)
+    assert runs[:2] == ["one graph", "one graph"]
+    assert runs[12:] == [kept] * 2
+    assert runs[:12].count("as written") == timed + (kept == "as written")
+    (made,) = loss.steps
+    assert f"{kept} is kept" in str(made.race)
+    report = loss.explain(net, counter, X.clone().requires_grad_())
+    assert f"{kept} is kept" in str(report)
+
+
+def test_a_price_that_is_plain_ends_the_race_before_it_begins() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return x.sin().cos().exp().tanh().sum()  # no product: few kernels for many
+
+    decorated = optimize_nested(loss, **DYNAMO, race=True)
+    decorated(X.clone().requires_grad_())
+    assert decorated.steps[0].race is None
+    decorated = optimize_nested(penalty, backend="eager")
+    assert not decorated.options.is_raced
