@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import linecache
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,18 @@ def one(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def several(net: nn.Module, x: Tensor) -> Tensor:
-    u, g = pulled(net, x)
+    _, g = pulled(net, x)
     open("/dev/null").close()
-    count = int((x > 0).sum())
-    if float(u.detach().mean()) > 3:
-        g = 2 * g
+    scale = 2 + os.stat("/dev/null").st_size
     with open("/dev/null"):
-        g = g * count
+        g = g * scale
     return g.square().mean()
 
 
 def unpassable(net: nn.Module, x: Tensor) -> Tensor:
     u, g = pulled(net, x)
-    while float(u.detach().sum()) > 1e9:
-        u = u / 2
-    open("/dev/null").close()
+    file = open("/dev/null")  # noqa: SIM115
+    file.close()
     return (u + g).square().mean()
 
 
@@ -89,7 +87,7 @@ def test_several_in_turn() -> None:
     assert several.__code__ is code
     first = several.__code__.co_firstlineno
     passed = {o.line - first: o.passed for o in found.obstacles}
-    assert passed == {2: LEFT_OUT, 4: STOOD_IN, 6: LEFT_OUT, 3: STOOD_IN}
+    assert passed == {2: LEFT_OUT, 3: STOOD_IN, 4: LEFT_OUT}
     assert found.is_all and found.gain in str(found)
     assert all(o.remedy for o in found.obstacles)
 
