@@ -112,7 +112,7 @@ def _is_told_only(node: Node) -> bool:
     """Whether a number is returned, compared and computed with, and no tensor is made of it."""
     return all(
         user.op == "output"
-        or (user.target is torch.eq and user.meta.get("condition", False))
+        or user.meta.get("condition", False)
         or (isinstance(example_of(user), _SYMBOLIC) and _is_told_only(user))
         for user in node.users
     )

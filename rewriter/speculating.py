@@ -84,6 +84,15 @@ def taken(x: Any, value: Any) -> None:
 has_side_effect(taken)  # it has no users
 
 
+def has_value(x: Any, value: Any) -> Tensor:
+    """Return whether a number, or a tensor of one element, has this value."""
+    if isinstance(x, (bool, torch.SymBool)):
+        x, value = torch.sym_ite(x, 1, 0), int(value)
+    if not isinstance(x, Tensor):  # computed from sizes
+        x = torch.scalar_tensor(x, dtype=torch.float64)
+    return torch.eq(x, value)
+
+
 def has_values(x: Tensor, values: Any) -> Tensor:
     """Return whether a tensor of integers has these values, shape ()."""
     return (x == torch.tensor(values, dtype=x.dtype, device=x.device)).all()
@@ -99,7 +108,7 @@ def take_branches(captured: GraphModule) -> None:
         x, value = mark.args
         with captured.graph.inserting_before(mark):
             is_list = isinstance(value, (list, tuple))
-            function = has_values if is_list else torch.eq
+            function = has_values if is_list else has_value
             condition = captured.graph.call_function(function, (x, value))
         condition.meta = {k: v for k, v in mark.meta.items() if k == "stack_trace"}
         condition.meta["condition"] = True

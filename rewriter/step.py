@@ -190,7 +190,7 @@ class Step:
 
     def _look_at_conditions(self, out: Sequence[Any]) -> None:
         conditions = out[self._first_condition : self.roles.n_outputs]
-        if len(conditions) > 1 and conditions[0].is_cuda:  # wait for the device once
+        if len(conditions) > 1 and all(c.is_cuda for c in conditions):  # wait for the device once
             conditions = torch.stack([c.reshape(()) for c in conditions]).tolist()
         for condition, branch in zip(conditions, self._branches, strict=True):
             if not condition:

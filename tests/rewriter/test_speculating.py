@@ -132,6 +132,17 @@ def split_by(net: Any, x: Tensor) -> Tensor:
     return first.square().sum() + last.sin().sum()
 
 
+def of_filters(net: Any, x: Tensor) -> Tensor:
+    """A branch on a size that depends on values."""
+    x = x.requires_grad_()
+    e, kind = x.new_zeros(len(x)), torch.tensor([0, 1, 0, 2])
+    for k in range(3):
+        index = (kind * (x[:, 0] > -100) == k).nonzero().flatten()
+        if index.shape[0] > 0:
+            e = e.index_add(0, index, net(x.index_select(0, index)).flatten())
+    return grad(e.sum(), x, create_graph=True)[0].square().mean()
+
+
 SAME_WAY = [
     of_flag, of_numbers, raising, asserting, giving_up, of_number, clipped, descending, of_masks,
     of_sizes, split_by,
@@ -141,6 +152,12 @@ SAME_WAY = [
 @pytest.mark.parametrize("loss", SAME_WAY)
 def test_one_graph_holds_for_calls_of_the_same_branches(loss: Callable[..., Any]) -> None:
     made = check_calls(loss, [Net()], [(points(i),) for i in range(1, 4)], strict=True)
+    assert len(made.steps) == 1 and made.branching.misses == 0
+
+
+def test_a_branch_on_a_size_that_depends_on_values() -> None:
+    calls = [(points(i),) for i in range(1, 4)]
+    made = check_calls(of_filters, [Net()], calls, strict=True, strategy="reverse")
     assert len(made.steps) == 1 and made.branching.misses == 0
 
 
