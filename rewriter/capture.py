@@ -68,7 +68,7 @@ from passes.convolutions import take_any_size
 from passes.factorised import METHODS
 from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
-from rewriter import scaling
+from rewriter import distributions, scaling
 from rewriter.data import set_data
 from rewriter.errors import (
     CaptureError,
@@ -286,6 +286,7 @@ def _call_substitute(
 ) -> Callable[..., Any]:
     """Trace our Python in place of the functions that Dynamo would skip or enter to no avail."""
     bodies: dict[Any, Any] = {torch.func.linearize: linearize, **scaling.METHODS}
+    bodies |= distributions.BODIES
     if hasattr(eager_transforms, "_wraps_without_dynamo_attrs"):  # not in torch 2.11
         bodies[eager_transforms._wraps_without_dynamo_attrs] = without_a_name
     if IS_BEFORE_2_13:
@@ -302,6 +303,11 @@ def _call_substitute(
             return TensorVariable.call_method(read, tx, "item", [], {})
         if function is torch.autograd.backward:
             return _trace_backward(trace, tx, *args, **kwargs)
+        if function in distributions.ASKED:
+            answer = function(*(x.as_python_constant() for x in args))
+            return ConstantVariable.create(answer)
+        if function is distributions.SAMPLE and not distributions.can_look():
+            return ConstantVariable.create(None)
         if function in bodies:
             substitute = VariableTracker.build(tx, bodies[function])
             own = self.self_args() if isinstance(self, UserFunctionVariable) else ()
@@ -821,7 +827,8 @@ def compile_function(
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = MAX_SPECIALISATIONS
     own = _own_code(function)
-    compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
+    with distributions.validation_kept():
+        compiled = torch.compile(own, backend=prepared, fullgraph=True, dynamic=dynamic, **options)
     _let_go(prepared)
     reset = getattr(torch._dynamo.eval_frame, "reset_code", None)
     if reset is not None:
