@@ -50,7 +50,7 @@ def formatted(net: nn.Module, x: Tensor) -> Tensor:
     loss = _penalty(net, x)
     value = loss.item()
     print("{:.3f} {}".format(value, "a"))
-    print(f"{value!r:>30} {value}")
+    print(f"{value!r:<5} {value}")
     if value > 0:
         print(f"{value:.2e}")
     return loss
