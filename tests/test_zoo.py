@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.zoo.row import WAYS, Loss
+from tests.zoo.row import AS_WRITTEN, BY_LAYER, WAYS, Loss
 from tests.zoo.running import capture_of, compare
 from tests.zoo.table import LOSSES
 
@@ -24,6 +24,8 @@ def test_losses_of_the_zoo(row: Loss) -> None:
     wrong, side = compare(row)
     assert not wrong, "\n".join(wrong)
     found = capture_of(side)
+    if row.way is None or {found.way, row.way} == {AS_WRITTEN, BY_LAYER}:  # the clock decides
+        return
     better = WAYS.index(found.way) < WAYS.index(row.way)
     advice = "better than it was: write this into its row" if better else found.reason
     assert found.way == row.way, f"{found.way}, and was {row.way}: {advice}"

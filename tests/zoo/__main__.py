@@ -77,7 +77,8 @@ def checked(row: Loss) -> dict[str, Any]:
         return _dead(f"more than {LIMIT:.0f} s")
     if done.returncode:
         return _dead((done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+    record = json.loads(done.stdout.splitlines()[-1])
+    return record | {"reason": record["reason"].replace(f"{ROOT}/", "")}
 
 
 def _dead(why: str) -> dict[str, Any]:

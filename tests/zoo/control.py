@@ -280,10 +280,10 @@ def deep_bsde() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(barrier_by_masks, way=BY_LAYER),
-    Loss(reachability, way=BY_LAYER),
-    Loss(stable_dynamics),
-    Loss(contraction_metric),
-    Loss(verified_lyapunov),
-    Loss(deep_bsde),
+    Loss(barrier_by_masks),
+    Loss(reachability, way=BY_LAYER, is_slow=True),
+    Loss(stable_dynamics, is_slow=True),
+    Loss(contraction_metric, way=None, is_slow=True),
+    Loss(verified_lyapunov, is_slow=True),
+    Loss(deep_bsde, way=None, is_slow=True),
 )

@@ -350,12 +350,12 @@ def learned_optimizer() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(maml_list_of_weights, way=AS_WRITTEN),
+    Loss(maml_list_of_weights, is_slow=True),
     Loss(maml_named_parameters),
     Loss(maml_cloned_modules),
     Loss(maml_batch_norm),
     Loss(anil_frozen_body),
-    Loss(implicit_gradients, way=BY_LAYER),
+    Loss(implicit_gradients, way=None, is_slow=True),
     Loss(learned_rates),
     Loss(virtual_network, way=BY_LAYER),
     Loss(copied_network, way=AS_WRITTEN),

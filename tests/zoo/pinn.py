@@ -543,7 +543,7 @@ def operator_learning() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(cached_jacobians, way=BY_LAYER, is_slow=True),
+    Loss(cached_jacobians, is_slow=True),
     Loss(gradient_by_key, is_slow=True),
     Loss(labelled_conditions, way=BY_LAYER),
     Loss(enforced_conditions, is_slow=True),
@@ -556,5 +556,5 @@ LOSSES = (
     Loss(inverse_problem, is_slow=True),
     Loss(interfaces_by_mask, way=BY_LAYER, is_slow=True),
     Loss(self_adaptive_weights),
-    Loss(operator_learning, way=BY_LAYER),
+    Loss(operator_learning, is_slow=True),
 )

@@ -427,9 +427,9 @@ def unique_bonds() -> tuple[Any, Batch]:
 LOSSES = (
     Loss(neighbours_by_distance, way=BY_LAYER, is_slow=True),
     Loss(schnetpack_inputs, way=BY_LAYER, is_slow=True),
-    Loss(networks_by_species, way=BY_LAYER),
+    Loss(networks_by_species, way=BY_LAYER, is_slow=True),
     Loss(symmetric_displacement, is_slow=True),
-    Loss(flags_restored, way=BY_LAYER),
+    Loss(flags_restored),
     Loss(triplet_descriptors, is_slow=True),
     Loss(equilibrated_charges, is_slow=True),
     Loss(hessian_rows, way=BY_LAYER),

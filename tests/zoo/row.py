@@ -27,14 +27,14 @@ class Loss:
     Attributes:
         build: Makes the loss, with networks of its own, and a function that returns the arguments
             of its next call.
-        way: One of ``WAYS``: what the tests hold it to.
+        way: One of ``WAYS``: what the tests hold it to; None if nothing is known.
         is_whole_step: Whether the loss calls ``backward()`` itself, as closures of optimizers do.
         differs: What is known to be left otherwise than as written.
         is_slow: Whether it takes long to capture.
     """
 
     build: Build
-    way: str = GRAPH
+    way: str | None = GRAPH
     is_whole_step: bool = False
     differs: str = ""
     is_slow: bool = False

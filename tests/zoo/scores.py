@@ -260,5 +260,5 @@ LOSSES = (
     Loss(consistency),
     Loss(langevin_samples, way=BY_LAYER),
     Loss(moving_average_target, way=BY_LAYER, is_slow=True),
-    Loss(fokker_planck, way=BY_LAYER),
+    Loss(fokker_planck, is_slow=True),
 )

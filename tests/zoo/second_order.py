@@ -12,7 +12,7 @@ import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
-from tests.zoo.row import Batch, Loss
+from tests.zoo.row import PARTLY, Batch, Loss
 
 
 def _classifier(dim: int = 5, width: int = 8, classes: int = 3) -> nn.Sequential:
@@ -431,16 +431,16 @@ def differentiable_search() -> tuple[Any, Batch]:
 
 
 LOSSES = (
-    Loss(influence_by_recursion),
-    Loss(balanced_tasks),
-    Loss(invariant_risk),
-    Loss(variance_of_gradients),
-    Loss(trust_region),
-    Loss(sharpness_by_lanczos),
-    Loss(gauss_newton_products),
-    Loss(double_backpropagation),
+    Loss(influence_by_recursion, way=None, is_slow=True),
+    Loss(balanced_tasks, way=PARTLY, is_slow=True),
+    Loss(invariant_risk, is_slow=True),
+    Loss(variance_of_gradients, is_slow=True),
+    Loss(trust_region, way=None, is_slow=True),
+    Loss(sharpness_by_lanczos, way=None, is_slow=True),
+    Loss(gauss_newton_products, is_slow=True),
+    Loss(double_backpropagation, is_slow=True),
     Loss(jacobian_projections),
     Loss(contractive_autoencoder),
     Loss(agreement_of_domains),
-    Loss(differentiable_search),
+    Loss(differentiable_search, is_slow=True),
 )

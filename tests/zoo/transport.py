@@ -285,10 +285,10 @@ def divergence_of_shape() -> tuple[Any, Batch]:
 
 LOSSES = (
     Loss(minimax_transport),
-    Loss(cycle_regularised),
+    Loss(cycle_regularised, way=None, is_slow=True),
     Loss(convex_flow_logdet, way=BY_LAYER),
     Loss(entropic_potential, way=BY_LAYER),
     Loss(signed_distance),
     Loss(volume_rendering, is_slow=True),
-    Loss(divergence_of_shape),
+    Loss(divergence_of_shape, is_slow=True),
 )
