@@ -40,19 +40,26 @@ class Work:
         operators: Pointwise operators.
         elements: What they compute, in all.
         is_known: Whether beside them there is nothing but products and sums, on a CPU.
+        is_one: Whether there is one operator at most, and it is one of these, on any device: there
+            is nothing to put together.
     """
 
     operators: int
     elements: int
     is_known: bool
+    is_one: bool = False
 
     @property
     def is_too_little(self) -> bool:
         """Whether a tower would save less than its calls cost."""
+        if self.is_one:
+            return True
         saved = self.operators * _PER_OPERATOR + self.elements * _PER_ELEMENT
         return self.is_known and saved < _PER_CALL
 
     def __str__(self) -> str:
+        if self.is_one:
+            return "one operator is quicker as written"
         return (
             f"{self.operators} pointwise operators with {self.elements} elements are quicker as "
             "written"
@@ -61,20 +68,24 @@ class Work:
 
 def work_of(level: Level) -> Work:
     """Return the work of a level, by the sizes at hand."""
-    operators = elements = 0
-    is_known = True
+    operators = elements = calls = 0
+    is_known = is_plain = True
     for node in level.graph.graph.nodes:
         value = value_of(node)
         if isinstance(value, Tensor) and value.device.type != "cpu":
             is_known = False
-        if node.op != "call_function" or node.target in CHEAP or node.target in _SAME_IN_BOTH:
+        if node.op != "call_function" or node.target in CHEAP:
+            continue
+        calls += 1
+        if node.target in _SAME_IN_BOTH:
             continue
         if not isinstance(value, Tensor) or not _is_pointwise(node):
             is_known = is_known and isinstance(value, torch.SymInt)
+            is_plain = is_plain and isinstance(value, torch.SymInt)
             continue
         operators += 1
         elements += math.prod(hint(n) for n in value.shape)
-    return Work(operators, elements, is_known)
+    return Work(operators, elements, is_known, is_plain and calls <= 1)
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -435,6 +435,13 @@ def test_what_a_refused_module_calls_is_captured() -> None:
     assert not steps(fast)
 
 
+class Wave(nn.Module):
+    """An activation of one's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
 def test_little_work_runs_as_written() -> None:
     """A tower's calls cost Python; a small network does not pay for them, unless it is asked to."""
     x = points(5, 3)
@@ -445,6 +452,9 @@ def test_little_work_runs_as_written() -> None:
     assert not report.layers
     large = work_of(_level(small(), points(100_000, 3)))
     assert not large.is_too_little and large.operators == 2
+    # One operator is never worth a level, however large.
+    wave = work_of(_level(Wave(), points(100_000, 3)))
+    assert wave.is_too_little and wave.is_one and str(wave).startswith("one operator")
     # What eager cannot differentiate twice is not left to it, however small.
     normed = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1)).double()
     assert not work_of(_level(normed, x)).is_too_little
