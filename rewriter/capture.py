@@ -295,17 +295,17 @@ def _call_substitute(
         bodies[eager_transforms._jvp_with_argnums] = jvp_by_pullbacks
 
     def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        function = getattr(self, attribute, None)  # a closure has none
+        function: Any = getattr(self, attribute, None)  # a closure has none
         if function is random.random and not args and not kwargs:
             return user_defined.call_random_fn(tx, random.random, [], {})
         if function in CLOCKS and not args and not kwargs:
-            read = user_defined.call_random_fn(tx, function, [], {})
+            read: Any = user_defined.call_random_fn(tx, function, [], {})
             return TensorVariable.call_method(read, tx, "item", [], {})
         if function is torch.autograd.backward:
             return _trace_backward(trace, tx, *args, **kwargs)
-        if function in distributions.ASKED:
-            answer = function(*(x.as_python_constant() for x in args))
-            return ConstantVariable.create(answer)
+        ask = distributions.ASKED.get(function)
+        if ask is not None:
+            return ConstantVariable.create(ask(*(x.as_python_constant() for x in args)))
         if function is distributions.SAMPLE and not distributions.can_look():
             return ConstantVariable.create(None)
         if function in bodies:
@@ -640,6 +640,7 @@ def _inlined_method(substitute: Callable[..., Any]) -> Callable[..., Any]:
 def _with_handlers(handlers: dict[Any, Any]) -> Iterator[None]:
     before = dict(handlers)
     handlers[torch.autograd.grad] = _handle_autograd_grad
+    handlers[distributions.INFER_SIZE] = _inlined(distributions.infer_size)
     handlers.update({name: _inlined(body) for name, body in SUBSTITUTES.items()})
     handlers.update(
         {name: _inlined(body, is_inside_transform) for name, body in WRITTEN_OUT.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,11 +73,19 @@ def make(
                 raise ValueError(f"Expected parameter {param} to satisfy its constraint")
 
 
+def infer_size(one: torch.Size, other: torch.Size) -> torch.Size:
+    """Do what ``torch._C._infer_size`` does, which a graph cannot call."""
+    return torch.broadcast_shapes(one, other)
+
+
 BODIES = {Distribution.__init__: make}
 """What is traced in place of what."""
 
-ASKED = frozenset({is_lazy, can_look})
+ASKED: dict[Any, Callable[..., bool]] = {is_lazy: is_lazy, can_look: can_look}
 """Functions of constants, which are called while a loss is traced."""
+
+INFER_SIZE: Any = getattr(torch._C, "_infer_size", None)
+"""It is given shapes that are no tuples."""
 
 SAMPLE = Distribution._validate_sample
 """It validates what a density is asked for."""

@@ -49,8 +49,11 @@ def divergence(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def multivariate(net: nn.Module, x: Tensor) -> Tensor:
-    density = D.MultivariateNormal(net(x)[:, :3], 0.5 * torch.eye(3, dtype=x.dtype))
-    return score(density, density.rsample()).square().mean()
+    eye = torch.eye(3, dtype=x.dtype)
+    density = D.MultivariateNormal(net(x)[:, :3], 0.5 * eye)
+    prior = D.MultivariateNormal(torch.zeros_like(x), scale_tril=eye)
+    spread = D.kl_divergence(density, prior).mean()
+    return score(density, density.rsample()).square().mean() + spread
 
 
 def choices(net: nn.Module, x: Tensor) -> Tensor:
