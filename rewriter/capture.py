@@ -819,10 +819,11 @@ def compile_function(
             trace.refuse("a parameter that is made in the loss is kept after it")
         build = method()
         assert build is not None, "a specialisation for a loss that is gone"
-        made = build(captured, inputs)
-        for node in placeholders(captured.graph):
-            _forget_tensors(getattr(example_of(node), "fake_mode", None))
-        return made
+        try:
+            return build(captured, inputs)
+        finally:
+            for node in placeholders(captured.graph):
+                _forget_tensors(getattr(example_of(node), "fake_mode", None))
 
     options: dict[str, Any] = {"options": {"guard_filter_fn": _kept_guards}}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
