@@ -92,6 +92,12 @@ class OptimizedForward(Specialising):
     def _modules(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
         return args[0].children()
 
+    @property
+    def is_raced(self) -> bool:
+        """False: what comes after a module's call is not its own, so no clock can tell its share;
+        the loss around it is raced as a whole."""
+        return False
+
     def _serves(self, cls: type) -> bool:
         """Whether modules of a class are captured: those of the first few that were called."""
         if cls not in self._classes and len(self._classes) < MOST_CLASSES:

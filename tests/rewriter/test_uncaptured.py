@@ -387,3 +387,12 @@ def test_a_price_that_is_plain_ends_the_race_before_it_begins() -> None:
     assert decorated.steps[0].race is None
     decorated = optimize_nested(penalty, backend="eager")
     assert not decorated.options.is_raced
+
+
+def test_a_module_is_not_raced() -> None:
+    net, x = Chatty(), X.clone().requires_grad_()
+    optimize_nested(net, **DYNAMO, race=True)
+    for _ in range(4):
+        net(x).sum().backward()
+    forward: Any = net.forward
+    assert forward.refusals and not forward.ways.races
