@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 
 from rewriter.accepted import is_module, taken
 from rewriter.ahead.compile import compile_ahead
+from rewriter.auto import Auto
 from rewriter.deferred import Deferred, step_for
 from rewriter.dump import dump_built, is_asked_for
 from rewriter.errors import CaptureError
 from rewriter.generators import undo_draws
-from rewriter.layer import Layers, optimize_class, optimize_module
+from rewriter.layer import optimize_class, optimize_module
 from rewriter.leaves import leaves_of
 from rewriter.log import log_built, wanted
 from rewriter.make_report import make_report
@@ -33,11 +34,10 @@ from rewriter.naming import modules_in, named_leaves, named_tensors
 from rewriter.obstacles import Findings, find_obstacles
 from rewriter.options import Options, make_options
 from rewriter.progress import shown
-from rewriter.recorder import Recorder
 from rewriter.report import Report
 from rewriter.rewrite import Rewritten, in_full, rewrite
 from rewriter.sources import sources_of
-from rewriter.specialising import Specialising, gradients_on
+from rewriter.specialising import gradients_on
 from rewriter.start import get_ready
 from rewriter.step import Explained, Step, explaining
 from rewriter.switches import say_once
@@ -45,7 +45,7 @@ from rewriter.switches import say_once
 M = TypeVar("M", bound=nn.Module)
 
 
-class OptimizedLoss(Specialising):
+class OptimizedLoss(Auto):
     """A loss whose nested derivatives are rewritten; called exactly like the function it wraps.
 
     Attributes:
@@ -57,11 +57,7 @@ class OptimizedLoss(Specialising):
     speculates = True
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
-        super().__init__(function, options, Layers(options))
-        if options.capture == "trace":
-            how: Any = {"check": options.check or options.is_verified, "dynamic": options.dynamic}
-            self._new = functools.partial(Recorder, function, self._built, **how)
-            self._compiled = self._new()
+        super().__init__(function, options)
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
         if not explaining.get():
@@ -482,7 +478,9 @@ def _decorate(function: Any, options: Options) -> Any:
     if not is_module(function):
         return OptimizedLoss(function, options)
     if options.capture == "trace":
-        raise ValueError("capture: 'trace' records a loss; expected 'dynamo' for a module")
+        raise ValueError(
+            "capture: 'trace' records a loss; expected 'auto' or 'dynamo' for a module"
+        )
     if isinstance(function, nn.Module):
         return optimize_module(function, options)
     return optimize_class(function, options)

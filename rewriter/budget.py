@@ -81,11 +81,13 @@ class Budget:
         where: ``file:line: code`` of the function.
 
     Attributes:
+        limit: How many specialisations made because of one value may not have been used again.
         inputs: Integers that are made inputs, as Dynamo's expressions for them.
         logs: Lists that are taken for logs, which are appended to and not read.
     """
 
     def __init__(self, where: str) -> None:
+        self.limit = LIMIT
         self.inputs: list[str] = []
         self.logs: list[str] = []
         self._opened: list[str] = []  # of both, for the capture at hand
@@ -132,9 +134,9 @@ class Budget:
             self._open(miss)
         for key, miss in blamed.items():
             unused = [made for made in self._made.get(key, ()) if not _is_used(compiled, made)]
-            if len(unused) >= LIMIT:
+            if len(unused) >= self.limit:
                 self._given_up[key] = reason = KeepsChanging(
-                    _said(miss), self._where if miss.where == "?" else miss.where
+                    _said(miss, self.limit), self._where if miss.where == "?" else miss.where
                 )
                 raise reason
 
@@ -198,13 +200,13 @@ def _key(miss: Miss) -> str:
     return "".join(letter for letter in miss.guard if not letter.isdigit())
 
 
-def _said(miss: Miss) -> str:
+def _said(miss: Miss, limit: int) -> str:
     names = ", ".join(map(readable, miss.values)) or "what PyTorch computes by"
     guard = miss.guard
     for value in miss.values:
         guard = guard.replace(value, readable(value))
     return (
-        f"`{names}` keeps changing: of the specialisations made because of it, {LIMIT} were used "
+        f"`{names}` keeps changing: of the specialisations made because of it, {limit} were used "
         f"by one call each, such as the one for `{guard}`"
     )
 

@@ -1054,8 +1054,13 @@ def refuse_switched_off() -> None:
     Raises:
         CaptureError: The user has switched it off.
     """
-    if dynamo_config.disable:
+    if is_switched_off():
         raise CaptureError("torch.compile is switched off (TORCHDYNAMO_DISABLE)")
+
+
+def is_switched_off() -> bool:
+    """Whether the user wants no compilation."""
+    return dynamo_config.disable
 
 
 def is_traced() -> bool:

@@ -16,16 +16,18 @@ class CaptureError(OptimizeNestedError):
     Attributes:
         reason: What stood in the way.
         where: ``file:line: code`` of the user's code, or ``?``.
+        other: Why the way that was tried next did not capture it either; nothing if none was.
     """
 
     def __init__(self, reason: str, where: str = "?") -> None:
         super().__init__(f"{reason} (at {where})" if where != "?" else reason)
-        self.reason, self.where = reason, where
+        self.reason, self.where, self.other = reason, where, ""
 
     @property
     def said(self) -> str:
         """What it was raised with; PyTorch adds to an error's text on its way."""
-        return f"{self.reason} (at {self.where})" if self.where != "?" else self.reason
+        said = f"{self.reason} (at {self.where})" if self.where != "?" else self.reason
+        return f"{said}; {self.other}" if self.other else said
 
 
 class NeedsNumber(CaptureError):

@@ -86,10 +86,18 @@ class HostGenerators:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for generator, state in self._moved():
+            self.have_moved = True
+            _set_state(generator, state)
+
+    def are_moved(self) -> bool:
+        """Whether one is in another state now."""
+        return any(True for _ in self._moved())
+
+    def _moved(self) -> Iterator[tuple[Any, Any]]:
         for generator, state in self._states:
             if pickle.dumps(_state_of(generator)) != pickle.dumps(state):
-                self.have_moved = True
-                _set_state(generator, state)
+                yield generator, state
 
 
 def _state_of(generator: Any) -> Any:

@@ -15,7 +15,7 @@ from rewriter.switches import is_off
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 STARTS = ("compiled", "tiered")
-CAPTURES = ("dynamo", "trace")
+CAPTURES = ("auto", "dynamo", "trace", "layers")
 VERIFY = "OPTIMIZE_NESTED_VERIFY"
 STRATEGIES = ("auto", "as written", *NAMES)
 
@@ -45,7 +45,8 @@ class Options:
         strategy: A strategy's name for all sites, or a mapping from site names to strategies;
             ``"auto"`` takes the cheapest.
         capture: ``"dynamo"`` traces the loss's Python; ``"trace"`` runs it and records the calls of
-            PyTorch that it makes, once for each kind of call.
+            PyTorch that it makes, once for each kind of call; ``"layers"`` captures its modules
+            only. ``"auto"`` takes the first of these that can be had.
         race: Whether the first calls of a kind are spent on timing our form and the user's in turns
             where a price cannot tell which is the quicker; None means with Inductor, unless
             ``strict``, ``check`` or a strategy asks for ours. False makes runs repeat bit by bit.
@@ -63,7 +64,7 @@ class Options:
     start: str = "compiled"
     dynamic: bool | None = None
     strategy: str | Mapping[str, str] = "auto"
-    capture: str = "dynamo"
+    capture: str = "auto"
     race: bool | None = None
     strict: bool = False
     verify: bool = True

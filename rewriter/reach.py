@@ -9,7 +9,9 @@ import inspect
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -42,17 +44,36 @@ class Kind(tuple[Any, ...]):
     free: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Global:
+    """A global variable.
+
+    Attributes:
+        path: What to call it.
+        values: The globals of its module.
+        name: Its name there.
+    """
+
+    path: str
+    values: dict[str, Any]
+    name: str
+
+
 def arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     """Return what a call is given, by name, without ``self`` and modules: its data."""
     found: dict[str, Any] = {}
-    for name, value in _bound(function, args, kwargs):
+    for name, value in called_with(function, args, kwargs):
         if name != "self":
             _walk(name, value, None, found, set(), _DEPTH, modules=False)
     return found
 
 
 def reached(
-    function: Callable[..., Any], args: Any, kwargs: Any, names: set[str]
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    names: set[str],
+    others: Sequence[Global] = (),
 ) -> dict[str, Any]:
     """Return what a call can read, by path: tensors, plain values, and the kinds of what holds
     them.
@@ -62,9 +83,10 @@ def reached(
         args: Its arguments.
         kwargs: Its keyword arguments.
         names: Attributes and globals that the code mentions; others are left out.
+        others: Globals of libraries that it reads, too.
     """
     found: dict[str, Any] = {}
-    for name, value in _bound(function, args, kwargs):
+    for name, value in called_with(function, args, kwargs):
         _walk(name, value, names, found, set(), _DEPTH)
     inner = inspect.unwrap(function)
     if isinstance(inner, types.FunctionType):
@@ -72,10 +94,14 @@ def reached(
             _walk(name, value, names, found, set(), _DEPTH)
     else:
         _walk("self", inner, names, found, set(), _DEPTH)
+    for other in others:
+        if other.name in other.values:
+            _walk(other.path, other.values[other.name], names, found, set(), _DEPTH)
     return found
 
 
-def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+def called_with(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments of a call by name, defaults too."""
     signature = inspect.signature(function)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -123,7 +149,7 @@ def _parts(value: Any, names: set[str] | None) -> list[tuple[str, Any]] | None:
         return [(k if isinstance(k, str) else f"[{k!r}]", item) for k, item in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(zip(value._fields, value, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return [(str(index), item) for index, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return [(repr(item), item) for item in value]

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import mpmath
@@ -31,7 +31,8 @@ from rewriter.generators import Generators, generators_restored
 from rewriter.host_calls import line_of
 from rewriter.naming import module_paths
 from rewriter.options import disabled
-from rewriter.reach import EVERY_NAME, asks_for_any_name
+from rewriter.programs import LIBRARY, owner_of
+from rewriter.reach import EVERY_NAME, Global, asks_for_any_name, names_in
 from rewriter.recording import Input, Recording
 from rewriter.sizes import Sizes
 
@@ -50,6 +51,7 @@ class Recorded:
         gradients: Those of their sum, by input; None if PyTorch has none.
         generators: The states of the random generators before and after.
         names: Names that the code mentions.
+        globals: Globals of libraries that their code mentions.
         modes: The modules that were called, and whether they were in train mode.
         sizes: Those of the arguments that the graph does not fix; None if it fixes all.
     """
@@ -63,6 +65,7 @@ class Recorded:
     gradients: dict[Input, Tensor | None] | None
     generators: tuple[Generators, Generators]
     names: set[str]
+    globals: list[Global]
     modes: dict[nn.Module, bool]
     sizes: Sizes | None
 
@@ -75,7 +78,7 @@ class Recorded:
         return values
 
 
-class _Names:
+class Names:
     """Collect the names that executed code mentions: attributes and globals it can have read.
 
     Attributes:
@@ -85,12 +88,31 @@ class _Names:
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
         self.has_drawn = False
+        self.is_ours: Callable[[], bool] = bool  # whether what runs is not the user's doing
+        self._of_libraries: dict[CodeType, dict[str, Any]] = {}
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            self.codes.add(frame.f_code)
+            self._add(frame)
         elif event == "c_call" and argument is os.urandom:
             self.has_drawn = True
+
+    def _add(self, frame: FrameType) -> None:
+        if frame.f_code not in self.codes:
+            self.codes.add(frame.f_code)
+            if owner_of(frame.f_code.co_filename) == LIBRARY:
+                self._of_libraries[frame.f_code] = frame.f_globals
+
+    @property
+    def globals(self) -> list[Global]:
+        """The globals of libraries that their code mentions: data, no functions."""
+        found: dict[str, Global] = {}
+        for code, values in self._of_libraries.items():
+            for name in names_in(code):
+                if name in values and not _is_code(values[name]):
+                    path = f"{values.get('__name__', '?')}.{name}"
+                    found[path] = Global(path, values, name)
+        return list(found.values())
 
     @property
     def names(self) -> set[str]:
@@ -104,6 +126,10 @@ class _Names:
             if is_users(code.co_filename) and asks_for_any_name(code):
                 found.add(EVERY_NAME)
         return found
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, ModuleType) or value is None
 
 
 _TORCH_NN = os.path.dirname(nn.__file__)
@@ -120,6 +146,7 @@ def record(
     shake: bool,
     gradients: bool,
     sizes: Sequence[int] | None = None,
+    names: Names | None = None,
 ) -> Recorded:
     """Run a loss once and return the calls that it made; nothing of its tensors, gradients or
     random generators stays changed.
@@ -133,11 +160,14 @@ def record(
         shake: Whether the others get other values than they have.
         gradients: Whether to compute the gradients too.
         sizes: See `Recording`.
+        names: Is told of all Python that is run.
 
     Raises:
         CaptureError: It did what cannot be recorded.
     """
-    recording, names = Recording(known, fixed, shake=shake, sizes=sizes), _Names()
+    recording = Recording(known, fixed, shake=shake, sizes=sizes)
+    names = names or Names()
+    names.is_ours = lambda: recording.is_busy
     modes: dict[nn.Module, bool] = {}
     profile = sys.getprofile()
     with contextlib.ExitStack() as stack:
@@ -198,6 +228,7 @@ def record(
         gradients=found,
         generators=(start, end),
         names=names.names,
+        globals=names.globals,
         modes=modes,
         sizes=recording.sizes,
     )

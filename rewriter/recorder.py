@@ -7,9 +7,10 @@ on the second ones; whatever of the two does not agree is a refusal, not a numbe
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,13 @@ from passes.graph import where
 from passes.tracing import AnySizes
 from rewriter.as_written import gradients_of, run_as_written
 from rewriter.capture import MAX_SPECIALISATIONS, is_capturing
+from rewriter.effects import Effect, Effects, unsteady
 from rewriter.errors import CaptureError, InternalError, NestedGradientWarning, OptimizeNestedError
 from rewriter.generators import Generators, HostGenerators, generators_restored
 from rewriter.guarded import Miss, NoSpecialisation
+from rewriter.host_state import HostState
 from rewriter.naming import modules_in
-from rewriter.reach import Kind, aliases, arguments, is_same, kind_of, reached
+from rewriter.reach import Global, Kind, aliases, arguments, is_same, kind_of, reached
 from rewriter.record import Recorded, record
 from rewriter.recording import Input
 from rewriter.sizes import Sizes, is_of_sizes, number
@@ -39,6 +42,7 @@ class _Specialisation:
 
     Attributes:
         names: Names that the code mentions.
+        globals: Globals of libraries that it reads.
         kinds: What the call could read, by path.
         aliases: Which paths were the same tensor.
         surroundings: What else PyTorch computes by.
@@ -52,6 +56,7 @@ class _Specialisation:
     """
 
     names: set[str]
+    globals: tuple[Global, ...]
     kinds: dict[str, Any]
     volatile: frozenset[str]
     aliases: dict[str, str]
@@ -147,6 +152,8 @@ class Recorder:
         check: Whether the recording is compared once more with a run on the caller's own values.
         dynamic: Whether a recording holds for other sizes of the arguments too: as in
             `torch.compile`, None means from the second one on.
+        is_careful: Whether a loss is refused that changes anything beside tensors, or reads what
+            cannot be compared from call to call; else it is left to the user.
     """
 
     def __init__(
@@ -156,9 +163,12 @@ class Recorder:
         *,
         check: bool,
         dynamic: bool | None,
+        is_careful: bool = False,
     ) -> None:
         self.function, self.build, self.check = function, build, check
-        self.dynamic = dynamic
+        self.dynamic, self.is_careful = dynamic, is_careful
+        self._is_making_only = False
+        self._shapes: set[Any] = set()  # of the arguments
         self._made: list[_Specialisation] = []
         self._used: set[_Specialisation] = set()
 
@@ -170,6 +180,15 @@ class Recorder:
         """Whether a recording has had a second call."""
         return made in self._used
 
+    @contextlib.contextmanager
+    def only_making(self) -> Iterator[None]:
+        """Make a recording in the block, and do not run it."""
+        self._is_making_only = True
+        try:
+            yield
+        finally:
+            self._is_making_only = False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the recording that holds; make one if none does.
 
@@ -179,13 +198,14 @@ class Recorder:
         """
         surroundings = _surroundings()
         misses: list[Miss] = []
-        walks: list[tuple[set[str], dict[str, Any]]] = []
+        walks: list[tuple[Any, dict[str, Any]]] = []
         for specialisation in self._made:
-            names = specialisation.names
-            found = next((w for n, w in walks if n == names), None)
+            key = specialisation.names, [g.path for g in specialisation.globals]
+            found = next((w for n, w in walks if n == key), None)
             if found is None:
-                found = reached(self.function, args, kwargs, names)
-                walks.append((names, found))
+                read = specialisation.names, specialisation.globals
+                found = reached(self.function, args, kwargs, *read)
+                walks.append((key, found))
             inputs = specialisation.inputs(found, surroundings)
             if inputs is not None:
                 self._used.add(specialisation)
@@ -196,15 +216,21 @@ class Recorder:
         if len(self._made) >= MAX_SPECIALISATIONS:
             raise CaptureError(f"more than {MAX_SPECIALISATIONS} specialisations")
         specialisation = self._record(args, kwargs)
-        found = reached(self.function, args, kwargs, specialisation.names)
-        inputs = specialisation.inputs(found, surroundings)
+        read = specialisation.names, specialisation.globals
+        inputs = specialisation.inputs(reached(self.function, args, kwargs, *read), surroundings)
         if inputs is None:
             raise CaptureError("what the loss reads changes by itself from call to call")
         self._made.append(specialisation)
-        return specialisation(inputs)
+        return None if self._is_making_only else specialisation(inputs)
 
     def _record(self, args: Any, kwargs: Any) -> _Specialisation:
-        if self.dynamic is False or (self.dynamic is None and not self._made):
+        shapes = (
+            x.shape
+            for x in arguments(self.function, args, kwargs).values()
+            if isinstance(x, Tensor)
+        )
+        self._shapes.add(tuple(shapes))
+        if self.dynamic is False or (self.dynamic is None and len(self._shapes) == 1):
             return self._recorded(args, kwargs, [], symbolic=False)
         lines: list[str] = []
         try:
@@ -247,15 +273,8 @@ class Recorder:
             sizes: Sequence[int] | None = None,
         ) -> Recorded:
             try:
-                recorded = record(
-                    function,
-                    args,
-                    kwargs,
-                    known,
-                    fixed,
-                    shake=shake,
-                    gradients=not first,
-                    sizes=sizes,
+                recorded = self._run(
+                    args, kwargs, known, fixed, shake=shake, gradients=not first, sizes=sizes
                 )
                 if any(module.training != mode for module, mode in modes.items()):
                     raise CaptureError("the loss leaves a module in another mode")
@@ -294,6 +313,8 @@ class Recorder:
                 # it should come from a run on the caller's own values.
                 last = run(known, fixed, sizes=None if sizes is None else ())
                 difference = _difference(second, last)
+        if volatile and self.is_careful:
+            raise CaptureError(f"the loss changes `{min(volatile)}` at each call")
         if generators.have_moved:
             # What one gave need not show in what was recorded, such as the branch that was taken.
             raise CaptureError(
@@ -310,6 +331,32 @@ class Recorder:
         modes = {m: mode for m, mode in second.modes.items() if m in first.modes}
         return self._built(second, names | second.names, volatile, modes, args, kwargs)
 
+    def _run(self, args: Any, kwargs: Any, *known: Any, **how: Any) -> Recorded:
+        """Run the loss once and return what it did.
+
+        Raises:
+            CaptureError: It did what cannot be recorded.
+        """
+        if not self.is_careful:
+            return record(self.function, args, kwargs, *known, **how)
+        state = HostState(self.function, args, kwargs)
+        if state.is_too_large:
+            raise CaptureError("the loss can reach more objects than can be compared")
+        if path := state.moving():
+            raise CaptureError(f"the loss can move `{path}`")
+        try:
+            effects = Effects(state, is_stopped=True)
+            recorded = record(self.function, args, kwargs, *known, **how, names=effects)
+        except Effect as effect:
+            raise effect.refusal from None
+        finally:
+            changed = state.changes()
+            if changed:
+                state.restore()
+        if changed:
+            raise CaptureError(f"the loss changes `{changed[0]}`")
+        return recorded
+
     def _built(
         self,
         recorded: Recorded,
@@ -319,8 +366,11 @@ class Recorder:
         args: Any,
         kwargs: Any,
     ) -> _Specialisation:
-        found = reached(self.function, args, kwargs, names)
+        others = recorded.globals if self.is_careful else ()
+        found = reached(self.function, args, kwargs, names, others)
         found = {path: x for path, x in found.items() if not _below(path, volatile)}
+        if self.is_careful and (what := unsteady(found)):
+            raise CaptureError(f"the loss can read {what}")
         known = {x.id for x in found.values() if isinstance(x, Kind)}
         path_of = {id(x): p for p, x in reversed(found.items()) if isinstance(x, Tensor)}
         _refuse_written_aliases(recorded.inputs)
@@ -335,6 +385,12 @@ class Recorder:
             for entry, source in sources.items()
             if entry.was_read or isinstance(source, weakref.ref)
         )
+        lost = [i for i, source in sources.items() if isinstance(source, weakref.ref)]
+        if lost and self.is_careful:
+            raise CaptureError(
+                "the loss finds a tensor to which no attribute, closure or global leads",
+                where(next(iter(lost[0].node.users), lost[0].node)),
+            )
         used = recorded.used
         free, sizes = _free_sizes(recorded, found)
         try:
@@ -345,6 +401,7 @@ class Recorder:
             raise InternalError(error, recorded.module) from error
         return _Specialisation(
             names=names,
+            globals=tuple(others),
             kinds={path: kind_of(x, free.get(id(x), ())) for path, x in found.items()},
             volatile=volatile,
             aliases=aliases(found),

@@ -101,6 +101,7 @@ class Specialising(ABC):
         self.layers = layers
         self.steps: list[Any] = []
         self._specialize_floats = self._by_pullbacks = self._fixed_sizes = False
+        self._is_by_dynamo = True
         self._may_wait = True
         self._fixed_at: set[str] = set()
         self._refused = Refusals()
@@ -274,7 +275,7 @@ class Specialising(ABC):
         self.branching = Branching()
 
     def _capture(self, args: Any, kwargs: Any) -> Any:
-        if self.options.capture == "dynamo":
+        if self._is_by_dynamo:
             refuse_switched_off()
         trace = Trace(self._by_pullbacks)
         try:
@@ -345,6 +346,11 @@ class Specialising(ABC):
                 note(f"{self.name} ran as written because of: {refusal}")
             raise
         # An error of the user's own was raised above, as it is; what is left is ours to report.
+        self._note(refusal, call)
+        return value
+
+    def _note(self, refusal: CaptureError, call: Call) -> None:
+        """Let calls like this one run as written, and say once why."""
         self._known.append(refusal)
         is_said = self._refused.has_same(refusal)
         if not isinstance(refusal, KeepsChanging):  # what is there holds for others like it
@@ -356,16 +362,16 @@ class Specialising(ABC):
             refusal.captured, refusal.error = None, for_its_words(refusal.error)
         for_its_words(refusal)
         if not (self.quiet or is_said or isinstance(refusal, TooLittleWork)):
-            said = f"{refusal.reason} (at {refusal.where}){self.layers.said}"
+            other = f"; {refusal.other}" if refusal.other else ""
+            said = f"{refusal.reason} (at {refusal.where}){other}{self.layers.said}"
             remedy = kind_of(refusal.reason, refusal.where.partition(": ")[2]).remedy
             said += f". For one graph: {remedy}" if remedy else ""
             said += f". Please report this, with {folder}" if folder else ""
             warnings.warn(
                 f"{self.name} runs as written: {said}",
                 NestedGradientWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        return value
 
     def _owners(self, args: Any, kwargs: Any) -> Iterable[nn.Module]:
         """Return the modules whose attributes a call may read, beside those inside of them."""

@@ -53,6 +53,7 @@ class _Observer(Specialising):
     ) -> None:
         super().__init__(function, options, Layers(options))
         if options.capture == "trace":
+            self._is_by_dynamo = False
             self._compiled = Recorder(function, self._built, check=options.check, dynamic=False)
         self.declared = declared
         self.given: Sequence[Any] = ()
