@@ -158,7 +158,7 @@ class OptimizedLoss(Auto):
         own = [step for step in self.steps if step.rewritten is rewritten]
         if rewritten not in known:
             known.append(rewritten)
-        return make_report(
+        report = make_report(
             in_full(rewritten, self.options),
             specialisations=known,
             breaks=[refusal.said for refusal in self.refusals],
@@ -167,6 +167,8 @@ class OptimizedLoss(Auto):
             raced=[str(step.race) for step in own if getattr(step, "race", None) is not None],
             verified="; ".join(step.verdict.said for step in own if step.verdict is not None),
         )
+        before = "" if self.refused_before is None else self.refused_before.said
+        return replace(report, way=self.way, refused_before=before)
 
     @modes_set_aside()
     def stages(self, *args: Any, **kwargs: Any) -> dict[str, GraphModule]:
@@ -229,8 +231,9 @@ class OptimizedLoss(Auto):
         place = [(code.co_filename, code.co_firstlineno)] if code is not None else []
         return Report(
             captured=False,
+            way="layers" if (reports := self.layers.reports()) else "as written",
             reason=reason,
-            layers=self.layers.reports(),
+            layers=reports,
             raced=tuple(map(str, self.ways.races)),
             function=self.name,
             spent=self.budget.spent,

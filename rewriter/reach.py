@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ class Global:
     values: dict[str, Any]
     name: str
 
+    @property
+    def value(self) -> Any:
+        """What it is now."""
+        return self.values[self.name]
+
 
 def arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     """Return what a call is given, by name, without ``self`` and modules: its data."""
@@ -85,19 +90,25 @@ def reached(
         names: Attributes and globals that the code mentions; others are left out.
         others: Globals of libraries that it reads, too.
     """
+    values = [*called_with(function, args, kwargs), *roots_of(function)]
+    values += [(other.path, other.value) for other in others if other.name in other.values]
+    return reached_from(values, names)
+
+
+def reached_from(values: Iterable[tuple[str, Any]], names: set[str]) -> dict[str, Any]:
+    """Return what can be read from values, by path."""
     found: dict[str, Any] = {}
-    for name, value in called_with(function, args, kwargs):
+    for name, value in values:
         _walk(name, value, names, found, set(), _DEPTH)
+    return found
+
+
+def roots_of(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Return what a function can read beside its arguments."""
     inner = inspect.unwrap(function)
     if isinstance(inner, types.FunctionType):
-        for name, value in _outer(inner):
-            _walk(name, value, names, found, set(), _DEPTH)
-    else:
-        _walk("self", inner, names, found, set(), _DEPTH)
-    for other in others:
-        if other.name in other.values:
-            _walk(other.path, other.values[other.name], names, found, set(), _DEPTH)
-    return found
+        return list(_outer(inner))
+    return [("self", inner)]
 
 
 def called_with(function: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
@@ -127,7 +138,7 @@ def _walk(
     if isinstance(value, (Tensor, *_PLAIN)):
         found[path] = value
         return
-    parts = _parts(value, names)
+    parts = parts_of(value, names)
     if isinstance(value, types.FunctionType):
         found[path] = value.__code__
     elif parts is None:
@@ -143,7 +154,7 @@ def _walk(
         _walk(f"{path}.{name}", item, names, found, above, less, modules=modules)
 
 
-def _parts(value: Any, names: set[str] | None) -> list[tuple[str, Any]] | None:
+def parts_of(value: Any, names: set[str] | None) -> list[tuple[str, Any]] | None:
     """Return what hangs on a value, by name; None if nothing that is known of it does."""
     if isinstance(value, dict):
         return [(k if isinstance(k, str) else f"[{k!r}]", item) for k, item in value.items()]
@@ -158,39 +169,40 @@ def _parts(value: Any, names: set[str] | None) -> list[tuple[str, Any]] | None:
     if isinstance(value, types.FunctionType):
         return list(_outer(value)) if _is_own(value) else None
     if isinstance(value, types.ModuleType):
-        return _mentioned(vars(value), names) if _is_own(value) else None
+        return mentioned_of(vars(value), names) if _is_own(value) else None
     if isinstance(value, type):
-        return _mentioned(vars(value), names) if _is_own(value) else None
+        return mentioned_of(vars(value), names) if _is_own(value) else None
     if isinstance(value, functools.partial):
         return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
     if isinstance(value, (numpy.ndarray, numpy.generic, torch.Generator, enum.Enum)):
         return None
     if type(value).__module__.partition(".")[0] == _OWN and hasattr(value, "as_written"):
         return [("as_written", value.as_written)]  # decorated: what was built for it is no input
-    of_class = [
-        part
-        for kind in type(value).__mro__
-        if _is_own(kind)
-        for part in _mentioned(_functions(kind), names)
-    ]
+    of_class = [part for kind in type(value).__mro__ for part in parts_of_class(kind, names)]
     if isinstance(value, nn.Module):
         held = [value._parameters, value._buffers, value._modules]
         own = {n: v for n, v in vars(value).items() if n not in _HELD}
         of_module = [("training", value.training), *(p for h in held for p in h.items())]
-        return [*of_module, *_mentioned(own, names), *of_class]
+        return [*of_module, *mentioned_of(own, names), *of_class]
     own = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         for name in getattr(kind, "__slots__", ()):
             if isinstance(name, str) and hasattr(value, name):
                 own[name] = getattr(value, name)
-    found = [*_mentioned(own, names), *of_class]
+    found = [*mentioned_of(own, names), *of_class]
     return found if own or of_class else None
+
+
+def parts_of_class(kind: type, names: set[str] | None) -> list[tuple[str, Any]]:
+    """Return what a class of the user's gives to its objects, of what code mentions."""
+    return mentioned_of(_functions(kind), names) if _is_own(kind) else []
 
 
 _HELD = {"_parameters", "_buffers", "_modules", "training"}
 
 
-def _mentioned(values: Any, names: set[str] | None) -> list[tuple[str, Any]]:
+def mentioned_of(values: Any, names: set[str] | None) -> list[tuple[str, Any]]:
+    """Return those of some named values that code mentions."""
     every = names is None or EVERY_NAME in names
     return [(n, v) for n, v in values.items() if every or n in names]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from rewriter.generators import Generators, HostGenerators, generators_restored
 from rewriter.guarded import Miss, NoSpecialisation
 from rewriter.host_state import HostState
 from rewriter.naming import modules_in
+from rewriter.quick_guards import QuickGuards
 from rewriter.reach import Global, Kind, aliases, arguments, is_same, kind_of, reached
 from rewriter.record import Recorded, record
 from rewriter.recording import Input
@@ -78,6 +80,26 @@ class _Specialisation:
             return None
         if aliases(found) != self.aliases:
             return None
+        return self._inputs_at(found)
+
+    def inputs_again(
+        self, fresh: dict[str, Any], fixed: dict[str, Any], surroundings: Any
+    ) -> list[Any] | None:
+        """Return the step's inputs for a call for which only the data among the arguments can be of
+        another kind.
+
+        Args:
+            fresh: These data, by path.
+            fixed: What else the call reads: it is as it was.
+            surroundings: What PyTorch computes by.
+        """
+        if surroundings != self.surroundings:
+            return None
+        if not all(is_same(x, self.kinds[path]) for path, x in fresh.items()):
+            return None
+        return self._inputs_at(ChainMap(fresh, fixed))
+
+    def _inputs_at(self, found: Mapping[str, Any]) -> list[Any] | None:
         if any(getattr(module(), "training", None) != mode for module, mode in self.modes):
             return None
         for source, kind, value in self.held:
@@ -117,7 +139,7 @@ def _below(path: str, roots: frozenset[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def _at(source: Any, found: dict[str, Any]) -> Any:
+def _at(source: Any, found: Mapping[str, Any]) -> Any:
     if isinstance(source, str):
         return found[source]
     return source() if isinstance(source, weakref.ref) else source
@@ -137,7 +159,7 @@ class FreeSizes:
     places: tuple[tuple[str, int], ...]
     taken: tuple[int, ...]
 
-    def of(self, found: dict[str, Any]) -> list[int] | None:
+    def of(self, found: Mapping[str, Any]) -> list[int] | None:
         """Return the sizes that the step takes; None if the recording does not hold for them."""
         sizes = [found[path].shape[dim] for path, dim in self.places]
         return [sizes[i] for i in self.taken] if self.any.admits(sizes) else None
@@ -168,6 +190,7 @@ class Recorder:
         self.function, self.build, self.check = function, build, check
         self.dynamic, self.is_careful = dynamic, is_careful
         self._is_making_only = False
+        self._last: tuple[_Specialisation, QuickGuards] | None = None
         self._shapes: set[Any] = set()  # of the arguments
         self._made: list[_Specialisation] = []
         self._used: set[_Specialisation] = set()
@@ -197,6 +220,10 @@ class Recorder:
             CaptureError: The function cannot be recorded.
         """
         surroundings = _surroundings()
+        if self._last is not None:
+            inputs = self._last_again(args, kwargs, surroundings)
+            if inputs is not None:
+                return self._last[0](inputs)
         misses: list[Miss] = []
         walks: list[tuple[Any, dict[str, Any]]] = []
         for specialisation in self._made:
@@ -209,6 +236,7 @@ class Recorder:
             inputs = specialisation.inputs(found, surroundings)
             if inputs is not None:
                 self._used.add(specialisation)
+                self._last = self._quick(specialisation, args, kwargs)
                 return specialisation(inputs)
             misses.append(specialisation.miss(found, surroundings))
         if misses and not is_capturing():
@@ -222,6 +250,23 @@ class Recorder:
             raise CaptureError("what the loss reads changes by itself from call to call")
         self._made.append(specialisation)
         return None if self._is_making_only else specialisation(inputs)
+
+    def _quick(
+        self, made: _Specialisation, args: Any, kwargs: Any
+    ) -> tuple[_Specialisation, QuickGuards] | None:
+        """Return how to find out quickly that the next call is of the same kind."""
+        if made.volatile:
+            return None
+        guards = QuickGuards(self.function, args, kwargs, made.names, made.globals)
+        return (made, guards) if guards.is_possible else None
+
+    def _last_again(self, args: Any, kwargs: Any, surroundings: Any) -> list[Any] | None:
+        """Return the inputs of the specialisation that served the call before, if it serves this
+        one; None if a walk has to decide."""
+        assert self._last is not None
+        made, guards = self._last
+        fresh = guards.fresh(args, kwargs)
+        return None if fresh is None else made.inputs_again(fresh, guards.fixed, surroundings)
 
     def _record(self, args: Any, kwargs: Any) -> _Specialisation:
         shapes = (

@@ -109,6 +109,9 @@ class Report:
             of the modules it has called so far, and the graphs are absent.
         remedy: What would make one graph of a loss that was not captured, as far as it was tried.
         raced: What the clock has decided between two exact forms, with the time of each.
+        way: How calls are captured: ``"dynamo"``, ``"trace"`` (a recording), ``"layers"``
+            or ``"as written"``.
+        refused_before: Why the loss is not captured by Dynamo, if it is by a recording.
         function: The loss's name.
         inputs: What the graph takes, by name: ``{"net.0.weight": "f32[32, 2]"}``.
         sources: The user's functions that nodes come from.
@@ -145,6 +148,8 @@ class Report:
     layers: tuple[str, ...] = ()
     remedy: str = ""
     raced: tuple[str, ...] = ()
+    way: str = "dynamo"
+    refused_before: str = ""
     function: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[Source, ...] = ()
@@ -209,6 +214,8 @@ class Report:
             "layers": list(self.layers),
             "remedy": self.remedy,
             "raced": list(self.raced),
+            "way": self.way,
+            "refused_before": self.refused_before,
             "inputs": [{"name": name, "tensor": tensor} for name, tensor in self.inputs.items()],
             "sources": [
                 {"path": s.path, "first_line": s.first_line, "lines": list(s.lines)}

@@ -34,6 +34,8 @@ def text_of(record: dict[str, Any]) -> Text:
     """
     if record["captured"]:
         lines = [*_head(record), *_sites(record), *_choices(record), *_stages(record)]
+        if record["way"] == "trace":
+            lines += _wrapped([("captured: ", "bold")], _by_recording(record))
         lines += [*_totals(record["totals"]), *_list("specialisations", record["recompiles"])]
         if record["captures"]["captures"] > 1:
             lines.append([(record["captures"]["text"], "")])
@@ -70,6 +72,11 @@ def _cut(line: Text) -> Text:
     line.truncate(WIDTH, overflow="ellipsis")
     line.rstrip()
     return line
+
+
+def _by_recording(record: dict[str, Any]) -> str:
+    reason = record["refused_before"]
+    return f"by a recording; Dynamo refuses: {reason}" if reason else "by a recording, as asked for"
 
 
 def _not_captured(record: dict[str, Any]) -> list[Line]:

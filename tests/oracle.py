@@ -111,7 +111,7 @@ def check(
     ``reference`` stands in for the modules where PyTorch's own derivative is wrong. The loss must
     have been captured: one that falls back warns, and warnings are errors here.
     """
-    decorated = optimize_nested(loss, **({"backend": "eager"} | options))
+    decorated = optimize_nested(loss, **({"backend": "eager", "capture": "dynamo"} | options))
     expected = outcome(loss, reference or modules, args, kwargs or {})
     for _ in range(2):
         assert_same(outcome(decorated, modules, args, kwargs or {}), expected)

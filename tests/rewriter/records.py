@@ -140,6 +140,8 @@ def make_record(layers: int = 3) -> dict[str, Any]:
         "captured": True,
         "reason": "",
         "layers": [],
+        "way": "dynamo",
+        "refused_before": "",
         "inputs": [
             *({"name": f"critic.{2 * i}.weight", "tensor": "f32[64, 64]"} for i in range(layers)),
             {"name": "x", "tensor": f"f32[{BATCH}, {WIDTH}]"},

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import NestedGradientWarning, optimize_nested
+from rewriter import NestedGradientWarning, auto, optimize_nested, recorder
 from tests.oracle import relative_error
 
 DTYPE = torch.float64
@@ -43,7 +43,7 @@ def penalty(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return slope(net, x).square().sum() * host()
 
 
-def make_net(*extra: nn.Module) -> nn.Module:
+def make_net(*extra: nn.Module) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), *extra, nn.Linear(6, 1)).to(DTYPE)
 
@@ -279,6 +279,8 @@ class Threshold(Case):
 
 class Cache(Case):
     """Filled by the first call, as the trainer could have done."""
+
+    state: dict[int, Tensor]
 
     def __init__(self) -> None:
         super().__init__()
@@ -623,7 +625,7 @@ def test_numbers_and_state(
     CONFIG.update(outside[0])
     os.environ.pop("WEIGHT_OF_A_TEST", None)
     case = kind()
-    loss = optimize_nested(case.loss, backend="eager")
+    loss = optimize_nested(case.loss, backend="eager", dynamic=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NestedGradientWarning)
         found = run(case, loss, x)
@@ -634,3 +636,124 @@ def test_numbers_and_state(
     if kind in WAYS:
         assert loss.way == WAYS[kind], loss.refusals[0].said
         assert loss.steps
+
+
+@pytest.fixture
+def net() -> Any:
+    return make_net()
+
+
+def test_one_recording_for_all_sizes(net: nn.Module) -> None:
+    loss = optimize_nested(penalty, backend="eager")
+    for rows in (5, 7, 9, 5):
+        x = torch.randn(rows, 3, dtype=DTYPE)
+        assert relative_error(loss(net, x), penalty(net, x)) < 1e-9
+    assert len(loss.steps) == 2 and loss.way == "trace"
+
+
+def test_how_often_the_loss_is_run(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as written, and three times to be recorded: at the first call, and never again."""
+    runs: list[str] = []
+    for module, name in ((auto, "watched"), (recorder, "record")):
+        run = getattr(module, name)
+        counted = functools.partial(lambda run, *a, **k: runs.append("run") or run(*a, **k), run)
+        monkeypatch.setattr(module, name, counted)
+    loss, x = optimize_nested(penalty, backend="eager"), torch.randn(5, 3, dtype=DTYPE)
+    loss(net, x)
+    assert len(runs) == 4
+    loss(net, x).backward()
+    loss(net, x + 1).backward()
+    assert len(runs) == 4 and loss.way == "trace"
+
+
+def test_later_calls_walk_nothing(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guards of the hot path are comparisons by identity; a change has them walk again."""
+    walks: list[int] = []
+    walk = recorder.reached
+    loss, x = optimize_nested(penalty, backend="eager"), torch.randn(5, 3, dtype=DTYPE)
+    monkeypatch.setattr(recorder, "reached", lambda *given: walks.append(1) or walk(*given))
+    for _ in range(2):
+        loss(net, x)
+    walks.clear()
+    for _ in range(3):
+        loss(net, x + 1)
+    assert not walks
+    net.eval()
+    assert relative_error(loss(net, x), penalty(net, x)) < 1e-9 and walks
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "flag": lambda net: net[0].weight.requires_grad_(False),
+    "parameter": lambda net: setattr(net[0], "weight", nn.Parameter(torch.ones(6, 3, dtype=DTYPE))),
+    "layer": lambda net: net.append(nn.Softplus()),
+    "replaced layer": lambda net: net.__setitem__(1, nn.Sigmoid()),
+    "mode": lambda net: net.eval(),
+    "hook": lambda net: net[0].register_forward_hook(lambda m, i, o: 2 * o),
+    "data": lambda net: setattr(net[0].weight, "data", torch.ones(6, 3, dtype=DTYPE)),
+    "type": lambda net: net.float() and net.double(),
+    "attribute": lambda net: setattr(net, "forward", lambda z: z.sum(1) ** 2),
+    "number": lambda net: SCALE.fill_(0.3),
+    "global": lambda net: globals().update(host=lambda: 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen(name: str, net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the quick guards have compared by identity."""
+    monkeypatch.setitem(globals(), "SCALE", SCALE.clone())
+    monkeypatch.setattr(host, "__defaults__", (SCALE,))
+    monkeypatch.setitem(globals(), "host", host)
+    loss = optimize_nested(penalty, backend="eager", dynamic=False)
+    x = torch.randn(5, 3, dtype=DTYPE)
+    for _ in range(3):
+        loss(net, x)
+    assert loss.way == "trace"
+    CHANGES[name](net)
+    for _ in range(2):
+        assert relative_error(loss(net, x), penalty(net, x)) < 1e-9
+
+
+def test_report_says_which_way(net: nn.Module) -> None:
+    x = torch.randn(5, 3, dtype=DTYPE)
+    loss = optimize_nested(penalty, backend="eager")
+    for _ in range(2):  # before the first call, and after it
+        report = loss.explain(net, x)
+        assert report.way == "trace" and "test_auto.py" in report.refused_before
+        assert "by a recording; Dynamo refuses: " in str(report)
+        loss(net, x)
+    assert optimize_nested(slope_of, backend="eager").explain(net, x).way == "dynamo"
+
+
+def slope_of(net: nn.Module, x: Tensor) -> Tensor:
+    return slope(net, x).square().sum()
+
+
+def test_both_refusals_are_said(net: nn.Module) -> None:
+    case = Metrics()
+    loss, x = optimize_nested(case.loss, backend="eager"), torch.randn(5, 3, dtype=DTYPE)
+    with pytest.warns(NestedGradientWarning, match=r"runs as written: .*; recorded: .*"):
+        loss(net, x)
+        loss(net, x)
+    report = loss.explain(net, x)
+    assert not report.captured and "recorded: " in report.reason
+
+
+def test_forced(net: nn.Module) -> None:
+    x = torch.randn(5, 3, dtype=DTYPE)
+    with pytest.warns(NestedGradientWarning, match="runs as written"):
+        by_dynamo = optimize_nested(penalty, backend="eager", capture="dynamo")
+        by_dynamo(net, x)
+    assert not by_dynamo.steps
+    by_layer = optimize_nested(slope_of, backend="eager", capture="layers")
+    assert relative_error(by_layer(net, x), slope_of(net, x)) < 1e-9
+    assert not by_layer.steps and by_layer.layers.reports()
+
+
+def test_under_no_grad_and_by_name(net: nn.Module) -> None:
+    loss, x = optimize_nested(penalty, backend="eager"), torch.randn(5, 3, dtype=DTYPE)
+    value = penalty(net, x)
+    for _ in range(3):
+        value, grads = loss.value_and_grad(net, x=x)
+        assert relative_error(value, penalty(net, x)) < 1e-9 and "net.0.weight" in grads
+    with torch.no_grad():
+        assert torch.equal(loss(net, x=x), value) and not loss(net, x=x).requires_grad

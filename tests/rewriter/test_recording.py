@@ -735,7 +735,8 @@ def test_check_sees_a_wrong_recording(
 
 
 def test_option(net: nn.Module, x: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"capture: expected one of 'dynamo', 'trace', got 'jax'"):
+    ways = "'auto', 'dynamo', 'trace', 'layers'"
+    with pytest.raises(ValueError, match=f"capture: expected one of {ways}, got 'jax'"):
         optimize_nested(numpy_on_sizes, capture="jax")
     with pytest.raises(ValueError, match="capture: 'trace' records a loss"):
         optimize_nested(net, capture="trace")
