@@ -204,7 +204,7 @@ def _of_array(value: numpy.ndarray[Any, Any], before: Any) -> Any:
     is_summed = value.nbytes > MAX_BYTES if before is None else isinstance(before, int)
     if value.dtype.hasobject:
         return [*value.flat]
-    return zlib.crc32(memoryview(numpy.ascontiguousarray(value))) if is_summed else value.copy()
+    return zlib.crc32(value.tobytes()) if is_summed else value.copy()
 
 
 def _contents(cell: types.CellType) -> tuple[Any, ...]:

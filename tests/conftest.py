@@ -19,7 +19,7 @@ gc.set_threshold(50_000, 20, 100)
 # Dynamo times its guards once per capture, after it has emptied the caches: for its logs.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
-ABOUT_AUTO = ("test_auto.py",)
+ABOUT_AUTO = ("test_auto.py", "test_zoo.py")
 
 # Programs per family: the same in every run of the tests; others each time for `make fuzz`, which
 # also makes a failing one smaller (minutes).
@@ -60,7 +60,7 @@ def small_heap() -> Iterator[None]:
 def not_recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Dynamo refuses is captured by layer, as with ``capture="dynamo"``, but where tests are
     about ``capture="auto"``: what they ask for must not be had in another way."""
-    if request.path.name not in ABOUT_AUTO and "zoo" not in request.path.parts:
+    if request.path.name not in ABOUT_AUTO:
         monkeypatch.setattr(Auto, "_may_record", lambda *_: False)
 
 

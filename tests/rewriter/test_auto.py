@@ -280,7 +280,7 @@ class Threshold(Case):
 class Cache(Case):
     """Filled by the first call, as the trainer could have done."""
 
-    state: dict[int, Tensor]
+    state: dict[Any, Any]
 
     def __init__(self) -> None:
         super().__init__()
