@@ -133,7 +133,7 @@ class Specialising(ABC):
             way = self.ways.of(args, kwargs)
             if way is not None:
                 return way(*args, **kwargs)
-        if not self.is_on or is_recorded():
+        if not self.options.enabled or is_disabled() or is_recorded():
             return self.as_written(*args, **kwargs)
         if self._refused.all and not self.steps:
             refusal = self.refusal_of(args, kwargs)
