@@ -19,7 +19,7 @@ def _param(row: Loss) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", map(_param, LOSSES))
+@pytest.mark.parametrize("row", list(map(_param, LOSSES)))
 def test_losses_of_the_zoo(row: Loss) -> None:
     wrong, side = compare(row)
     assert not wrong, "\n".join(wrong)
