@@ -72,6 +72,40 @@ _PARTS = {
 Flatten: TypeAlias = Callable[[GraphModule, dict[Node, Tensor]], GraphModule]
 
 
+class _Read:
+    """Bodies that were read while one graph is: a derivative inside of another is asked for once
+    for each point and output of each one around it, which is exponential in how deep it lies."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, Node, str], list[tuple[dict[Node, Tensor], Raised]]] = {}
+
+    def body(
+        self,
+        body: GraphModule,
+        known: dict[Node, Tensor],
+        point: Node,
+        flatten: Flatten | None,
+        mixing: str = "",
+    ) -> Raised:
+        """Return a body, read at one of its points."""
+        same = self._found.setdefault((id(body), point, mixing), [])
+        for constants, raised in same:  # it keeps its body alive, whose id is no other's
+            if _are_equal(constants, known):
+                return raised
+        raised = Raised(body, known, point, mixing=mixing, flatten=flatten, read=self)
+        same.append((known, raised))
+        return raised
+
+
+def _are_equal(one: dict[Node, Tensor], other: dict[Node, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        x is other[node]
+        or (x.dtype, x.shape) == (other[node].dtype, other[node].shape)
+        and torch.equal(x, other[node])
+        for node, x in one.items()
+    )
+
+
 class Raised:
     """The nodes of a graph that are linear in derivatives, as expressions.
 
@@ -86,6 +120,7 @@ class Raised:
         flatten: Returns a body with the derivatives inside it computed by plain operators, given
             its inputs that are constants. Then a body that holds second derivatives, or what is not
             linear in derivatives, is an operand as a whole.
+        read: In a body, the bodies that were read before.
 
     Attributes:
         expressions: Node → what it is.
@@ -101,9 +136,11 @@ class Raised:
         mixing: str = "",
         one_by_one: bool = False,
         flatten: Flatten | None = None,
+        read: _Read | None = None,
     ) -> None:
         self.module, self.point, self.mixing = module, point, mixing
         self.flatten = flatten
+        self._read = _Read() if read is None else read
         self.constants = Constants(module.graph, known)
         self.expressions: dict[Node, Expression] = {}
         self.refusals: dict[Node, str] = {}
@@ -301,11 +338,12 @@ class Raised:
     ) -> Differentiable:
         point = placeholders(body.graph)[number]
         try:
-            expression = Raised(body, known, point, flatten=self.flatten).result(position)
+            expression = self._read.body(body, known, point, self.flatten).result(position)
         except RowsMix as reason:
             if sites(body) or derivative.holds_user_function(body):
                 raise
-            expression = Raised(body, known, point, mixing=str(reason)).result(position)
+            mixed = self._read.body(body, known, point, None, str(reason))
+            expression = mixed.result(position)
         moving = moving_with([point])
 
         def given(item: Any) -> Any:
