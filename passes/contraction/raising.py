@@ -100,8 +100,10 @@ class _Read:
 def _are_equal(one: dict[Node, Tensor], other: dict[Node, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         x is other[node]
-        or (x.dtype, x.shape) == (other[node].dtype, other[node].shape)
-        and torch.equal(x, other[node])
+        or (
+            (x.dtype, x.shape) == (other[node].dtype, other[node].shape)
+            and torch.equal(x, other[node])
+        )
         for node, x in one.items()
     )
 
