@@ -59,6 +59,10 @@ def place_of(where: str) -> Place | None:
     path, _, line = head.rpartition(":")
     if not path or not line.isdigit() or not linecache.getlines(path):
         return None
+    try:
+        _tree(path)
+    except SyntaxError:  # changed since it was imported
+        return None
     return Place(path, int(line), text.strip())
 
 

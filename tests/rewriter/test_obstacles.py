@@ -204,3 +204,15 @@ def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = run("train_doctor.py:plain", "--args", "train_doctor.py:make_args")
     assert ran.exit_code == 0 and "plain is one graph" in ran.stdout
     assert run("train_doctor.py:nothing").exit_code == 2
+
+
+def needing(net: nn.Module, x: Tensor) -> Tensor:
+    _, g = pulled(net, x)
+    METRICS["scale"] = os.stat("/dev/null").st_size + 1.0
+    return (g * METRICS["scale"]).square().mean()
+
+
+def test_what_later_lines_need_is_no_error_of_the_probe() -> None:
+    METRICS.clear()
+    report = optimize_nested(needing, **DYNAMO).explain(*made())
+    assert not report.captured and "METRICS" in report.remedy
