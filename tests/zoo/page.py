@@ -51,6 +51,8 @@ def page(rows: Sequence[Loss], records: Mapping[str, dict[str, Any]]) -> str:
         if record["wrong"]
     ]
     parts = [_HEAD + _figures([record for _, record in found]), _LEGEND, "\n".join(lines)]
+    if missing := [row.name for row in rows if row.name not in records]:
+        parts.append(f"Not measured yet: {', '.join(missing)}.")
     if wrong:
         parts += ["## What is not as written", "\n".join(wrong)]
     if reasons:
