@@ -283,7 +283,7 @@ LOSSES = (
     Loss(barrier_by_masks),
     Loss(reachability, way=BY_LAYER, is_slow=True),
     Loss(stable_dynamics, is_slow=True),
-    Loss(contraction_metric, way=None, is_slow=True),
+    Loss(contraction_metric, is_slow=True),
     Loss(verified_lyapunov, is_slow=True),
-    Loss(deep_bsde, way=None, is_slow=True),
+    Loss(deep_bsde, way=BY_LAYER),
 )

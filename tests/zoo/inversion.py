@@ -249,7 +249,7 @@ LOSSES = (
     Loss(condensation, is_slow=True),
     Loss(siamese_augmentation, way=BY_LAYER),
     Loss(deep_leakage, is_slow=True),
-    Loss(leakage_closure, way=BY_LAYER, is_whole_step=True),
+    Loss(leakage_closure, way=BY_LAYER, is_whole_step=True, is_slow=True),
     Loss(inverting_gradients, way=BY_LAYER, is_slow=True),
     Loss(matching_trajectories),
 )

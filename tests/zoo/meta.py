@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.row import AS_WRITTEN, BY_LAYER, Batch, Loss
+from tests.zoo.row import RECORDED, Batch, Loss
 
 
 def _task(ways: int = 3, shots: int = 4, dim: int = 5) -> tuple[Tensor, ...]:
@@ -355,9 +355,9 @@ LOSSES = (
     Loss(maml_cloned_modules),
     Loss(maml_batch_norm),
     Loss(anil_frozen_body),
-    Loss(implicit_gradients, way=None, is_slow=True),
+    Loss(implicit_gradients, is_slow=True),
     Loss(learned_rates),
-    Loss(virtual_network, way=BY_LAYER),
-    Loss(copied_network, way=AS_WRITTEN),
+    Loss(virtual_network, way=RECORDED, is_slow=True),
+    Loss(copied_network, way=RECORDED, is_slow=True),
     Loss(learned_optimizer),
 )

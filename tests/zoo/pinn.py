@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.row import BY_LAYER, RECORDED, Batch, Loss
+from tests.zoo.row import BY_LAYER, Batch, Loss
 
 
 def _mlp(sizes: list[int], activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -552,7 +552,7 @@ LOSSES = (
     Loss(neural_tangent_weights, is_slow=True),
     Loss(causal_weights, is_slow=True),
     Loss(gradient_enhanced, is_slow=True),
-    Loss(weak_form, way=RECORDED),
+    Loss(weak_form, way=BY_LAYER),
     Loss(inverse_problem, is_slow=True),
     Loss(interfaces_by_mask, way=BY_LAYER, is_slow=True),
     Loss(self_adaptive_weights),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.row import BY_LAYER, RECORDED, Batch, Loss
+from tests.zoo.row import BY_LAYER, Batch, Loss
 
 
 def _atoms(n: int, apart: float = 1.3) -> Tensor:
@@ -427,11 +427,11 @@ def unique_bonds() -> tuple[Any, Batch]:
 LOSSES = (
     Loss(neighbours_by_distance, way=BY_LAYER, is_slow=True),
     Loss(schnetpack_inputs, way=BY_LAYER, is_slow=True),
-    Loss(networks_by_species, way=RECORDED, is_slow=True),
+    Loss(networks_by_species, way=BY_LAYER, is_slow=True),
     Loss(symmetric_displacement, is_slow=True),
     Loss(flags_restored),
     Loss(triplet_descriptors, is_slow=True),
     Loss(equilibrated_charges, is_slow=True),
     Loss(hessian_rows, way=BY_LAYER),
-    Loss(unique_bonds, way=RECORDED),
+    Loss(unique_bonds, way=BY_LAYER),
 )

@@ -255,7 +255,7 @@ LOSSES = (
     Loss(sliced_annealed),
     Loss(normalised_energy, is_slow=True),
     Loss(stein_discrepancy),
-    Loss(multivariate_reparametrised),
+    Loss(multivariate_reparametrised, way=BY_LAYER),
     Loss(mean_flow, way=BY_LAYER),
     Loss(consistency),
     Loss(langevin_samples, way=BY_LAYER),

@@ -12,7 +12,7 @@ import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
-from tests.zoo.row import PARTLY, Batch, Loss
+from tests.zoo.row import None, PARTLY, Batch, Loss
 
 
 def _classifier(dim: int = 5, width: int = 8, classes: int = 3) -> nn.Sequential:
@@ -435,8 +435,8 @@ LOSSES = (
     Loss(balanced_tasks, way=PARTLY, is_slow=True),
     Loss(invariant_risk, is_slow=True),
     Loss(variance_of_gradients, is_slow=True),
-    Loss(trust_region, way=None, is_slow=True),
-    Loss(sharpness_by_lanczos, way=None, is_slow=True),
+    Loss(trust_region, is_slow=True),
+    Loss(sharpness_by_lanczos, is_slow=True),
     Loss(gauss_newton_products, is_slow=True),
     Loss(double_backpropagation, is_slow=True),
     Loss(jacobian_projections),

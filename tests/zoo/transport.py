@@ -285,7 +285,7 @@ def divergence_of_shape() -> tuple[Any, Batch]:
 
 LOSSES = (
     Loss(minimax_transport),
-    Loss(cycle_regularised, way=None, is_slow=True),
+    Loss(cycle_regularised, is_slow=True),
     Loss(convex_flow_logdet, way=BY_LAYER),
     Loss(entropic_potential, way=BY_LAYER),
     Loss(signed_distance),
