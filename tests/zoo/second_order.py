@@ -12,7 +12,7 @@ import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
-from tests.zoo.row import None, PARTLY, Batch, Loss
+from tests.zoo.row import PARTLY, Batch, Loss
 
 
 def _classifier(dim: int = 5, width: int = 8, classes: int = 3) -> nn.Sequential:
