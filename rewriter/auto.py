@@ -164,12 +164,12 @@ class Auto(Specialising):
             name = changed[0] if changed else "its arguments"
             effect = CaptureError(f"the loss changes `{name}` at each call")
         if effect is not None:
-            self._note(self._refused_twice(refusal, effect), call)
+            self._note_refusal(self._refused_twice(refusal, effect), call)
             return value
         try:
             self._record(refusal, args, kwargs)
         except CaptureError as both:
-            self._note(both, call)
+            self._note_refusal(both, call)
         return value
 
     def _record(self, refusal: CaptureError, args: Any, kwargs: Any) -> None:

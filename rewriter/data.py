@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.fx import Graph
+from torch.fx.node import has_side_effect
 
 from passes.graph import placeholders
 
@@ -15,7 +15,7 @@ def set_data(x: Tensor, value: Tensor) -> Tensor:
     return x
 
 
-torch.fx.node.has_side_effect(set_data)
+has_side_effect(set_data)
 
 
 def replaced_data(captured: Graph) -> tuple[int, ...]:

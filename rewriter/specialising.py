@@ -346,10 +346,10 @@ class Specialising(ABC):
                 note(f"{self.name} ran as written because of: {refusal}")
             raise
         # An error of the user's own was raised above, as it is; what is left is ours to report.
-        self._note(refusal, call)
+        self._note_refusal(refusal, call)
         return value
 
-    def _note(self, refusal: CaptureError, call: Call) -> None:
+    def _note_refusal(self, refusal: CaptureError, call: Call) -> None:
         """Let calls like this one run as written, and say once why."""
         self._known.append(refusal)
         is_said = self._refused.has_same(refusal)
