@@ -53,12 +53,14 @@ from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch._dynamo.variables.misc import (
     AutogradFunctionVariable,
     DebuggingVariable,
+    NumpyVariable,
     RandomVariable,
     SuperVariable,
 )
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import eager_transforms
+from torch._guards import Guard
 from torch.autograd.function import once_differentiable
 from torch.compiler import config as compiler_config
 from torch.fx import GraphModule, Node
@@ -69,7 +71,9 @@ from passes.factorised import METHODS
 from passes.graph import placeholders, results, where
 from passes.versions import IS_BEFORE_2_13
 from rewriter import distributions, scaling
+from rewriter.arrays import converting, told_apart
 from rewriter.data import set_data
+from rewriter.drawn import drawn_before
 from rewriter.errors import (
     CaptureError,
     InternalError,
@@ -732,12 +736,18 @@ def capturing(
             stack.enter_context(replaced(kind, "call_function", call))
         draws = _noting_draws(user_defined.call_random_fn)
         stack.enter_context(replaced(user_defined, "call_random_fn", draws))
+        drawn = drawn_before(NumpyVariable.call_function)
+        stack.enter_context(replaced(NumpyVariable, "call_function", drawn))
+        told = told_apart(Guard.set_export_info)
+        stack.enter_context(replaced(Guard, "set_export_info", told))
         for kind, name in (
             (TorchInGraphFunctionVariable, "call_function"),
             (TensorVariable, "call_method"),
         ):
             stack.enter_context(replaced(kind, name, _leaf_made(getattr(kind, name))))
-        made = calling_variable(user_defined.UserDefinedClassVariable.call_function)
+        own = converting(TorchInGraphFunctionVariable.call_function)
+        stack.enter_context(replaced(TorchInGraphFunctionVariable, "call_function", own))
+        made = converting(calling_variable(user_defined.UserDefinedClassVariable.call_function))
         stack.enter_context(replaced(user_defined.UserDefinedClassVariable, "call_function", made))
         if hasattr(TorchInGraphFunctionVariable, "call_nn_parameter"):
             own = TorchInGraphFunctionVariable.call_nn_parameter

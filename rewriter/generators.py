@@ -76,9 +76,8 @@ class HostGenerators:
     def __init__(self) -> None:
         # Whoever holds one need not be known: a global, an attribute, a closure of a closure. Those
         # of the modules are not among what is collected after `gc.freeze`.
-        modules: Any = random.random, numpy.random.rand
         alive = [x for x in gc.get_objects() if issubclass(type(x), _HOST_KINDS)]
-        found = {id(x): x for x in [*(draw.__self__ for draw in modules), *alive]}.values()
+        found = {id(x): x for x in [_PYTHONS, NUMPYS, *alive]}.values()
         self._states = [(x, _state_of(x)) for x in found if type(x) is not random.SystemRandom]
         self.have_moved = False
 
@@ -117,16 +116,25 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
 
 
+NUMPYS: Any = numpy.random.rand.__self__  # pyright: ignore[reportAttributeAccessIssue]
+"""The generator that the functions of ``numpy.random`` draw from."""
+_PYTHONS: Any = random.random.__self__  # pyright: ignore[reportAttributeAccessIssue]
+
 _before_draws: contextvars.ContextVar[Any] = contextvars.ContextVar("before_draws", default=None)
 
 
 def noted(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of the module `random` that takes note of the state before a call's first
-    draw, for `undo_draws`."""
+    """Return a function of the module `random`, or of ``numpy.random``, that takes note of the
+    state before a call's first draw, for `undo_draws`."""
+    own: Any = NUMPYS if getattr(draw, "__self__", None) is NUMPYS else _PYTHONS
 
+    @functools.wraps(draw)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _before_draws.get() is None:
-            _before_draws.set(random.getstate())
+        states = _before_draws.get()
+        if states is None:
+            _before_draws.set(states := [])
+        if all(generator is not own for generator, _ in states):
+            states.append((own, _state_of(own)))
         return draw(*args, **kwargs)
 
     return call
@@ -137,9 +145,9 @@ forget_draws: Callable[[], object] = functools.partial(_before_draws.set, None)
 
 
 def undo_draws() -> None:
-    """Put the generator of the module `random` back to where it was when the call began: Dynamo's
-    code draws what a graph needs before the graph is run, and it was not."""
-    state = _before_draws.get()
-    if state is not None:
-        random.setstate(state)
-        _before_draws.set(None)
+    """Put the generators of the modules `random` and ``numpy.random`` back to where they were when
+    the call began: Dynamo's code draws what a graph needs before the graph is run, and it was
+    not."""
+    for generator, state in _before_draws.get() or ():
+        _set_state(generator, state)
+    _before_draws.set(None)

@@ -227,7 +227,16 @@ HOST_DRAWS: dict[str, Callable[[Held], Any]] = {
     "made_inside": lambda held: random.Random(7).random(),
     "torch_generator": lambda held: torch.rand(4, 3, generator=held.torch, dtype=D),
 }
-CAPTURED = {"random", "uniform", "randint", "made_inside", "branch"}
+CAPTURED = {
+    "numpy_array",
+    "numpy_matrix",
+    "numpy_number",
+    "random",
+    "uniform",
+    "randint",
+    "made_inside",
+    "branch",
+}
 
 
 @pytest.mark.filterwarnings("ignore::rewriter.NestedGradientWarning")
