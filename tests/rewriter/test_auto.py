@@ -757,3 +757,37 @@ def test_under_no_grad_and_by_name(net: nn.Module) -> None:
         assert relative_error(value, penalty(net, x)) < 1e-9 and "net.0.weight" in grads
     with torch.no_grad():
         assert torch.equal(loss(net, x=x), value) and not loss(net, x=x).requires_grad
+
+
+class Labelled(Tensor):
+    """A tensor of columns that have names, as solvers of differential equations have them."""
+
+    labels: list[str]
+
+    @staticmethod
+    def __new__(cls, x: Tensor, labels: list[str], *args: Any, **kwargs: Any) -> Labelled:
+        return super().__new__(cls, x, *args, **kwargs)
+
+    def __init__(self, x: Tensor, labels: list[str]) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def extract(self, label: str) -> Tensor:
+        return self.as_subclass(Tensor)[:, [self.labels.index(label)]]
+
+
+@pytest.mark.filterwarnings("ignore::rewriter.NestedGradientWarning")
+def test_memory_shared_without_notice() -> None:
+    """PyTorch gives no notice of the constructor: the tensor is no constant of the loss."""
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        labelled, p = Labelled(x, ["x", "y"]), x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(net(p).sum(), p, create_graph=True)
+        return (g.square() * labelled.extract("y")).mean()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    decorated = optimize_nested(loss, backend="eager")
+    for _ in range(3):
+        x = torch.randn(5, 2, dtype=torch.float64)
+        torch.testing.assert_close(decorated(net, x), loss(net, x), rtol=1e-9, atol=0)
