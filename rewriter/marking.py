@@ -324,6 +324,8 @@ class Marking(Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "select_scatter":
             return select_scatter(*args, **kwargs)
+        if target == "fill_diagonal_":
+            return _fill_diagonal(*args, **kwargs)
         return super().call_method(target, args, kwargs)
 
     def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -726,6 +728,17 @@ def _as_list(tensors: Any) -> list[Any]:
 
 def _is_float_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
+
+
+def _fill_diagonal(x: Tensor, fill_value: Any, wrap: bool = False) -> Tensor:
+    """Do what ``x.fill_diagonal_`` does through views, which can be made functional."""
+    tall = x.dim() == 2 and wrap
+    for start in range(0, x.shape[0], x.shape[1] + 1) if tall else (0,):
+        along = x[start:].diagonal() if tall else x.diagonal()
+        while along.dim() > 1:
+            along = along.diagonal(dim1=0, dim2=-1)
+        along.fill_(fill_value)
+    return x
 
 
 def _stopped(x: Tensor) -> Tensor:

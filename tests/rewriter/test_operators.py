@@ -14,7 +14,7 @@ from torch.autograd import grad
 
 from rewriter import optimize_nested
 from tests.cases import mlp
-from tests.oracle import assert_same, check, outcome
+from tests.oracle import assert_same, check, outcome, relative_error
 from tests.versions import derivative_of_trace, second_derivative_of_grid_sample
 
 Body = Callable[[nn.Module, Tensor], Tensor]
@@ -290,3 +290,20 @@ def test_autocast_around_the_call() -> None:
         ):
             assert mine.dtype == theirs.dtype
             assert (mine - reference).abs().max() <= 2 * (theirs - reference).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("shape", [(4, 4), (7, 3), (3, 7), (3, 3, 3)])
+def test_fill_diagonal(shape: tuple[int, ...], wrap: bool) -> None:
+    """Of distances, before they are divided by: as potentials have it."""
+
+    def loss(x: Tensor) -> Tensor:
+        y = (x * x).sin()
+        y.fill_diagonal_(0.5, wrap)
+        (g,) = grad((y * x.cos()).sum(), x, create_graph=True)
+        return g.square().sum()
+
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = optimize_nested(loss, backend="eager", strict=True)(x)
+    assert relative_error(*grad(found, x), *grad(loss(x), x)) < 1e-12
