@@ -371,7 +371,7 @@ class Recorder:
         _verify(second)
         if last is not second:
             _verify(last)
-        _burn_in(second, last if last is not second else first, self.is_careful)
+        _refuse_unnoticed(second, last if last is not second else first)
         # A module that only one of the runs has called was made by it.
         modes = {m: mode for m, mode in second.modes.items() if m in first.modes}
         return self._built(second, names | second.names, volatile, modes, args, kwargs)
@@ -558,33 +558,22 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b or (a != a and b != b)
 
 
-def _burn_in(one: Recorded, other: Recorded, is_careful: bool) -> None:
-    """Make constants of tensors that each run has made anew without our notice.
-
-    Args:
-        one: What a run did.
-        other: What another one did.
-        is_careful: Whether nobody has asked for a recording. That two runs make the same proves
-            little: what has made it may have read an argument that was not noticed before, and had
-            the same values in both.
+def _refuse_unnoticed(one: Recorded, other: Recorded) -> None:
+    """Refuse tensors that each run has made anew without our notice. That two runs make the same
+    proves nothing: what has made it may have read an argument that was not noticed before, and had
+    the same values in both.
 
     Raises:
-        CaptureError: One may not be the same in the next run.
+        CaptureError: There is one.
     """
     for a, b in zip(one.inputs, other.inputs, strict=True):
-        if a.is_constant or a.tensor is b.tensor:
-            continue
-        x = a.tensor
-        is_plain = not (a.requires_grad or a.written or is_careful)
-        surely = x.dtype.is_floating_point and is_plain
-        if not surely or not _close(a.value, b.value, 0.0):
+        if not a.is_constant and a.tensor is not b.tensor:
             user = next(iter(a.node.users), a.node)
             raise CaptureError(
-                f"a tensor {tuple(x.shape)} that is made anew in each run, by a function of which "
-                "PyTorch gives no notice",
+                f"a tensor {tuple(a.tensor.shape)} that is made anew in each run, by a function of "
+                "which PyTorch gives no notice",
                 where(user),
             )
-        a.is_constant = True
 
 
 def _refuse_written_aliases(inputs: Sequence[Input]) -> None:

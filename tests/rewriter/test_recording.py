@@ -745,3 +745,26 @@ def test_option(net: nn.Module, x: Tensor) -> None:
         default = optimize_nested(class_built_inside, backend="eager")
         default(net, x)
     assert not default.steps, "Dynamo captures this now: the option has a use less"
+
+
+def scripted(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_function_is_no_constant() -> None:
+    """PyTorch gives no notice of what it calls, whatever it reads."""
+    compiled = torch.jit.script(scripted)
+
+    def loss(x: Tensor) -> Tensor:
+        scale, p = compiled(x), x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(p.sin().sum(), p, create_graph=True)
+        return (g.square() * scale).mean()
+
+    decorated = optimize_nested(loss, backend="eager", capture="trace")
+    for seed in range(3):
+        x = torch.full((3,), float(seed + 1), dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NestedGradientWarning)
+            found = decorated(x)
+        torch.testing.assert_close(found, loss(x), rtol=1e-12, atol=0)
