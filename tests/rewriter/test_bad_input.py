@@ -158,8 +158,8 @@ def test_wrong_arguments(net: nn.Module) -> None:
 
 
 def host_code(net: nn.Module, x: Tensor) -> Tensor:
-    scale = int(x.abs().max().item())  # leaves the graph
-    return penalty(net, x) * scale
+    with open(__file__):  # leaves the graph
+        return penalty(net, x) * 2
 
 
 def test_not_capturable(x: Tensor) -> None:
