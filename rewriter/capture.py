@@ -52,7 +52,6 @@ from torch._dynamo.variables.functions import (
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch._dynamo.variables.misc import (
     AutogradFunctionVariable,
-    DebuggingVariable,
     NumpyVariable,
     RandomVariable,
     SuperVariable,
@@ -90,7 +89,6 @@ from rewriter.logs import appended_later
 from rewriter.made_inside import calling_parameter, calling_variable, outlives
 from rewriter.modes import is_traced_by_a_mode, is_watched
 from rewriter.nesting import mend_closing
-from rewriter.printed import formatted_later, printed_later
 from rewriter.stateful import (
     WRITTEN_OUT,
     is_inside_forward_mode,
@@ -721,12 +719,6 @@ def capturing(
         apply = _call_apply(AutogradFunctionVariable.call_apply, trace)
         stack.enter_context(replaced(AutogradFunctionVariable, "call_apply", apply))
         stack.enter_context(tensor_method("backward", _method_backward(trace)))
-        later = printed_later(trace.refuse)
-        stack.enter_context(replaced(DebuggingVariable, "call_function", later))
-        translator = symbolic_convert.InstructionTranslatorBase
-        if hasattr(translator, "_format_value"):
-            text = formatted_later(translator._format_value)
-            stack.enter_context(replaced(translator, "_format_value", text))
         for kind, attribute in (
             (SkipFunctionVariable, "value"),
             (UserFunctionVariable, "fn"),

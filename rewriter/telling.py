@@ -149,15 +149,19 @@ class _Place(VariableTracker):
         return told
 
 
-def _print(original: Callable[..., Any]) -> Callable[..., Any]:
+def _print(refuse: Callable[[str], None]) -> Callable[..., Any]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if len(tx.output.tracers) > 1:
+            refuse(f"{self.value.__name__}() in a part of the loss that may run again")
         place = kwargs.get("file")
         if isinstance(place, _Place):
             kwargs = {**kwargs, "file": DebuggingVariable(None, source=place.source)}
             told = _tell_to(tx, self, args, kwargs)
         else:
             told = _tell(tx, self, args, kwargs)
-        return original(self, tx, args, kwargs) if told is None else told
+        if told is None:
+            refuse(f"{self.value.__name__}() of other things than tensors, numbers and strings")
+        return told
 
     return call_function
 
@@ -235,7 +239,7 @@ def told_later(refuse: Callable[[str], None]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, handler in (
             (VariableBuilder, "_wrap", wrap_place),
-            (DebuggingVariable, "call_function", _print(DebuggingVariable.call_function)),
+            (DebuggingVariable, "call_function", _print(refuse)),
             (translator, "_format_value", _format_value(translator._format_value)),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))

@@ -297,8 +297,11 @@ def test_failed_capture_leaves_the_dispatcher_alone(retried: bool) -> None:
     """What a trace leaves behind would switch autograd off whenever garbage is collected."""
 
     def counted(net: nn.Module, x: Tensor) -> Tensor:
-        value = jacfwd(lambda z: jacfwd(energy(net))(z) * int(z.detach().abs().sum() * 0 + 1))(x[0])
-        return value.square().sum()
+        def scaled(z: Tensor) -> Tensor:
+            with open(__file__):
+                return jacfwd(energy(net))(z)
+
+        return jacfwd(scaled)(x[0]).square().sum()
 
     before, expected = dispatcher(), outcome(reverse_of_hessian, [net()], (points(),), {})
     if retried:
