@@ -19,7 +19,7 @@ gc.set_threshold(50_000, 20, 100)
 # Dynamo times its guards once per capture, after it has emptied the caches: for its logs.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
-ABOUT_AUTO = ("test_auto.py", "test_zoo.py")
+ABOUT_AUTO = ("test_auto.py", "test_zoo.py", "test_readme.py")
 
 # Programs per family: the same in every run of the tests; others each time for `make fuzz`, which
 # also makes a failing one smaller (minutes).
