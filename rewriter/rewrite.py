@@ -171,10 +171,10 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
     try:
         as_written = measure(captured, flat.promoted)
     except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):  # as written, too
-            raise CaptureError("a value that a derivative needs is changed in place") from error
         if write_out(captured):
             return prepare(captured, options, function)
+        if "modified by an inplace operation" in str(error):  # as written, too
+            raise CaptureError("a value that a derivative needs is changed in place") from error
         if "is not implemented" in str(error):
             raise CaptureError(f"PyTorch's {str(error).splitlines()[0]}") from error
         if not needs_any_size(error):
