@@ -40,6 +40,11 @@ class NeedsInteger(CaptureError):
     the value that it has in this call."""
 
 
+class NotDifferentiable(CaptureError):
+    """PyTorch cannot differentiate the loss as written; by pullbacks in place of forward mode it
+    may."""
+
+
 class NeedsPullbacks(CaptureError):
     """Dynamo cannot trace this forward mode; capture anew with pullbacks in its place."""
 

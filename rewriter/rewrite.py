@@ -31,7 +31,7 @@ from rewriter.as_written import AsWritten, measure
 from rewriter.capture import marked_sizes, source_name
 from rewriter.choose import Choice, choose
 from rewriter.detached import detached_derivatives, lost_derivatives
-from rewriter.errors import CaptureError, NotRewritten
+from rewriter.errors import CaptureError, NotDifferentiable, NotRewritten
 from rewriter.flags import begin_with_all_on
 from rewriter.flatten import Flat, flatten
 from rewriter.numbers import keep_numbers
@@ -174,9 +174,11 @@ def prepare(captured: GraphModule, options: Options, function: str = "") -> Prep
         if write_out(captured):
             return prepare(captured, options, function)
         if "modified by an inplace operation" in str(error):  # as written, too
-            raise CaptureError("a value that a derivative needs is changed in place") from error
+            raise NotDifferentiable(
+                "a value that a derivative needs is changed in place"
+            ) from error
         if "is not implemented" in str(error):
-            raise CaptureError(f"PyTorch's {str(error).splitlines()[0]}") from error
+            raise NotDifferentiable(f"PyTorch's {str(error).splitlines()[0]}") from error
         if not needs_any_size(error):
             raise
         with any_size_differentiable():

@@ -42,6 +42,7 @@ from rewriter.errors import (
     NeedsNumber,
     NeedsPullbacks,
     NestedGradientWarning,
+    NotDifferentiable,
     OptimizeNestedError,
     TooLittleWork,
     for_its_words,
@@ -296,7 +297,8 @@ class Specialising(ABC):
             forget(error)
             if trace.graphs > 1:
                 self.steps.pop()  # the first piece of a graph that was cut
-            if trace.has_forward_mode and is_dynamos_own(error, trace):
+            is_own = is_dynamos_own(error, trace) or isinstance(refusal, NotDifferentiable)
+            if trace.has_forward_mode and is_own:
                 raise NeedsPullbacks(refusal.reason, refusal.where) from error
             raise refusal from error
 
